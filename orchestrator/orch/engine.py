@@ -1,0 +1,1588 @@
+"""The engine: every event goes through `handle(event, now)`, which answers with instructions. PURE.
+
+It owns the state tree, the calls and the knowledge of agents. It reads no clock and does no I/O: the service (or a test)
+feeds it events, commits what `take_batch()` returns, and only then carries the instructions out. Between two commits the
+tree may be ahead of the journal; nobody outside sees it then.
+
+Order. While a pass runs, diffs, calls' ends and requests for calls wait (`deferred`) and are applied after it; a call's
+end closes its burst: the next pass starts at once, and what came behind the end waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from orch.calls import RETRIED, Book, Call, Reason, Stage, call_key, json_arguments
+from orch.errors import CallError, NotFound, OrchError, StaleEpoch, StateMismatch
+from orch.program import PassInput, PassResult, Schedule
+from orch.scripts import argument_error, split_arguments
+from orch.state import StateTree, parse_pointer, split_pointer
+from orch.wire import (
+    AgentStatus,
+    ComponentRecord,
+    Diff,
+    Ended,
+    Item,
+    ItemResult,
+    Op,
+    Place,
+    Placed,
+    Progress,
+    Published,
+    Push,
+    PushReply,
+    Ready,
+    StartCall,
+    Started,
+    StartReply,
+    StopCall,
+    VarOps,
+    WorkVars,
+)
+from orch.work import Status, WorkSpec, WorkView
+
+__all__ = [
+    "AgentFailed",
+    "AgentUp",
+    "ApiRequest",
+    "AskCall",
+    "Config",
+    "Engine",
+    "Event",
+    "Exit",
+    "FileEvent",
+    "Frontends",
+    "Hidden",
+    "Instruction",
+    "LaunchAgent",
+    "Layout",
+    "Note",
+    "PassEnded",
+    "Patch",
+    "PlaceWorks",
+    "PlacedWorks",
+    "Pushed",
+    "Reply",
+    "RestartWork",
+    "Revised",
+    "RunMethod",
+    "RunPass",
+    "SendDiffs",
+    "Shown",
+    "StartAnswered",
+    "StartCalls",
+    "StopApp",
+    "StopCalls",
+    "StopWork",
+    "Tick",
+]
+
+NO_RECORD = ComponentRecord(module="", qualname="")
+SHOWN_CALLS = 20
+SHOWN_FILES = 1_000
+RESTART_DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+READY_LONG = 60.0
+OWN_PASSES = 100
+OWN_PAUSE = 0.1
+
+
+class Base(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+# ---- events -------------------------------------------------------------------------------------------------------------
+
+
+class Event(Base, frozen=True, kw_only=True):
+    ticket: int = 0
+    """Answered by `Reply(ticket)` when not 0."""
+
+
+class Patch(Event):
+    ops: list[Op]
+    cause: str
+    match: tuple[str, int] | None = None
+
+
+class Pushed(Event):
+    push: Push
+
+
+class AskCall(Event):
+    work: str
+    args: list[Any] = msgspec.field(default_factory=list)
+    kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class StopWork(Event):
+    work: str
+
+
+class RestartWork(Event):
+    work: str
+
+
+class StopApp(Event):
+    message: str = ""
+    code: int = 0
+    kill: bool = False
+    """Do not wait for the works' grace."""
+
+
+class ApiRequest(Event):
+    method: Any
+    """() -> value, run between passes."""
+
+
+class PassEnded(Event):
+    result: PassResult
+
+
+class AgentUp(Event):
+    """The runtime placed (or adopted) an agent and it answers."""
+
+    agent: str
+    epoch: int
+    status: AgentStatus
+
+
+class AgentFailed(Event):
+    agent: str
+    message: str
+
+
+class PlacedWorks(Event):
+    agent: str
+    placed: list[Placed]
+
+
+class StartAnswered(Event):
+    replies: list[StartReply]
+    works: list[str]
+
+
+class AgentPolled(Event):
+    agent: str
+    status: AgentStatus | None
+    """None: silent for longer than `Config.unknown_after`."""
+
+
+class Hidden(Event):
+    """Pages' own servers, as the service declares them for the layout's frontends."""
+
+    specs: list[WorkSpec]
+
+
+class Tick(Event):
+    pass
+
+
+# ---- instructions -------------------------------------------------------------------------------------------------------
+
+
+class Instruction(Base):
+    pass
+
+
+class Reply(Instruction):
+    ticket: int
+    value: Any = None
+    error: BaseException | None = None
+
+
+class RunPass(Instruction):
+    given: PassInput
+
+
+class RunMethod(Instruction):
+    given: PassInput
+    method: Any
+
+
+class LaunchAgent(Instruction):
+    agent: str
+
+
+class PlaceWorks(Instruction):
+    agent: str
+    works: list[Place]
+
+
+class StartCalls(Instruction):
+    agent: str
+    calls: list[StartCall]
+
+
+class StopCalls(Instruction):
+    agent: str
+    calls: list[StopCall]
+
+
+class ForgetWorks(Instruction):
+    agent: str
+    works: list[str]
+
+
+class SendDiffs(Instruction):
+    agent: str
+    diffs: list[Diff]
+
+
+class Revised(Instruction):
+    """A revision was accepted (for event streams and long polls)."""
+
+    rev: int
+    cause: str
+    at: float
+    ops: list[Op]
+
+
+class Shown(Instruction):
+    """A work's stage as a line for the console and the event stream."""
+
+    work: str
+    stage: str
+    detail: str
+    hidden: bool = False
+
+
+class Layout(Instruction):
+    tabs: list[dict[str, Any]]
+
+
+class Frontends(Instruction):
+    frontends: dict[str, dict[str, Any]]
+
+
+class FileEvent(Instruction):
+    """A Drive manifest was committed."""
+
+    drive: str
+    manifest: dict[str, Any]
+
+
+class Note(Instruction):
+    level: str
+    text: str
+
+
+class Exit(Instruction):
+    code: int
+    message: str
+    kill: bool = False
+
+
+class ReloadProgram(Instruction):
+    """The flow's objects must take the tree's values again (an API method raised)."""
+
+
+# ---- the engine ---------------------------------------------------------------------------------------------------------
+
+
+class Config(Base):
+    app: str
+    run: int
+    base_url: str
+    """http://127.0.0.1:7501, without a slash at the end."""
+    agent_of: Callable[[WorkSpec], str] = lambda spec: "local"
+    work_token: Callable[[str], str] = lambda name: ""
+    env: Mapping[str, str] = msgspec.field(default_factory=dict)
+    secrets: Mapping[str, str] = msgspec.field(default_factory=dict)
+    page_secrets: Mapping[str, str] = msgspec.field(default_factory=dict)
+    """What the pages' own servers get besides."""
+    redact: Callable[[Any, str], None] | None = None
+    """Raises when a secret's value is among what is to be stored: (value, where)."""
+
+
+class Batch(msgspec.Struct, kw_only=True):
+    """What has to be in the journal before the instructions are carried out."""
+
+    revisions: list[Revised]
+    facts: list[tuple[str, str, Any]]
+    durable: bool = False
+
+
+class _Work:
+    """A Work as the engine knows it."""
+
+    def __init__(self, spec: WorkSpec, run: int) -> None:
+        self.spec = spec
+        self.book = Book(spec.name, run)
+        self.placed = False
+        self.placing = False
+        self.failed_to_place = ""
+        self.agent = ""
+        self.host = ""
+        self.port: int | None = spec.port
+        self.live = False
+        """The current call's attempt was handed to the agent and has not ended."""
+        self.ready = False
+        self.ready_at: float | None = None
+        self.stopping: str = ""
+        self.deaths = 0
+        self.since: float | None = None
+        self.exit_code: int | None = None
+        self.progress: float | None = None
+        self.metrics: dict[str, Any] = {}
+        self.files: list[dict[str, Any]] = []
+        self.num_successes = 0
+        self.num_timeouts = 0
+        self.shown: dict[str, Any] = {}
+        self.restart_wanted = False
+
+    def status(self, base_url: str) -> dict[str, Any]:
+        call = self.book.shown
+        return {
+            "stage": str(call.stage) if call is not None else str(Stage.NOT_STARTED),
+            "reason": None if call is None or call.reason is None else str(call.reason),
+            "message": call.message if call is not None else self.failed_to_place,
+            "since": self.since,
+            "host": self.host,
+            "port": self.port if self.placed or self.spec.port else None,
+            "url": self.url(base_url),
+            "is_ready": self.ready,
+            "exit_code": self.exit_code,
+            "progress": self.progress,
+            "metrics": self.metrics,
+            "files": self.files,
+            "num_successes": self.num_successes,
+            "num_timeouts": self.num_timeouts,
+            "held": self.book.held is not None,
+        }
+
+    def url(self, base_url: str) -> str:
+        return f"{base_url}/view/{self.spec.name}/" if self.ready else ""
+
+    def view(self, base_url: str) -> WorkView:
+        call = self.book.shown
+        status = Status() if call is None else Status(
+            stage=call.stage, reason=call.reason, message=call.message, since=self.since
+        )  # fmt: skip
+        return WorkView(
+            status=status,
+            book=self.book.view(),
+            host=self.host,
+            port=self.port if self.placed or self.spec.port else None,
+            url=self.url(base_url),
+            ready=self.ready,
+            exit_code=self.exit_code,
+            progress=self.progress,
+            metrics=dict(self.metrics),
+            files=tuple(self.files),
+            num_successes=self.num_successes,
+            num_timeouts=self.num_timeouts,
+        )
+
+
+class _Agent:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.epoch = 0
+        self.up = False
+        self.launching = False
+        self.silent = False
+        self.acked = 0
+
+
+class Engine:
+    """State machine of one run. Not thread-safe: one caller at a time."""
+
+    def __init__(
+        self, config: Config, tree: dict[str, Any], specs: Iterable[WorkSpec], *, rev: int = 0, revs: Any = None
+    ) -> None:
+        self.config = config
+        self.run = config.run
+        self.works: dict[str, _Work] = {}
+        self.agents: dict[str, _Agent] = {}
+        self.stage = "starting"
+        self.message = ""
+        self.code = 0
+        self.layout: list[dict[str, Any]] = []
+        self.schedules: dict[str, Schedule] = {}
+        self.passes = 0
+        self.pass_seconds = 0.0
+        self.hidden: dict[str, _Work] = {}
+
+        self._out: list[Instruction] = []
+        self._revisions: list[Revised] = []
+        self._facts: dict[tuple[str, str], Any] = {}
+        self._durable = False
+        self._ops: list[Op] = []
+        self._dirty: dict[str, None] = {}
+
+        self._deferred: deque[Event] = deque()
+        self._passing = False
+        self._pass_ticket = 0
+        self._fresh_seen: set[str] = set()
+        self._woken = True
+        self._own = 0
+        self._own_names: list[str] = []
+        self._own_at = 0.0
+        self._only_own = False
+        self._pass_ops: list[Op] = []
+        self._pass_views: dict[str, None] = {}
+        self._pass_schedules: dict[str, Schedule] = {}
+        self._close_burst = False
+        self._stop_deadline: float | None = None
+        self._exited = False
+
+        tree.setdefault("app", {})
+        tree["app"] = {"name": config.app, "run": config.run, "stage": self.stage, "message": ""}
+        self.tree = StateTree(tree, rev, revs=revs)
+        for spec in specs:
+            self._add_work(spec, _Work(spec, self.run))
+
+    # -- bookkeeping
+    def _add_work(self, spec: WorkSpec, work: _Work) -> None:
+        (self.hidden if spec.hidden else self.works)[spec.name] = work
+        work.agent = self.config.agent_of(spec)
+        self.agents.setdefault(work.agent, _Agent(work.agent))
+        self._touch(work)
+
+    def _all(self) -> list[_Work]:
+        return [*self.works.values(), *self.hidden.values()]
+
+    def find(self, name: str) -> _Work:
+        work = self.works.get(name) or self.works.get(name.removeprefix("root.")) or self.hidden.get(name)
+        if work is None:
+            raise NotFound(f"there is no work {name!r}", hint=f"works: {', '.join(self.works) or 'none'}")
+        return work
+
+    def _touch(self, work: _Work) -> None:
+        self._dirty[work.spec.name] = None
+
+    def know_agent(self, agent: str, epoch: int) -> None:
+        """The runtime has launched this incarnation: reports of older ones are refused from now on."""
+        known = self.agents.setdefault(agent, _Agent(agent))
+        if known.epoch != epoch:
+            known.epoch, known.acked = epoch, 0
+            known.up = False
+        self._fact("agent", agent, {"epoch": known.epoch, "acked": known.acked})
+
+    def note_fact(self, kind: str, key: str, value: Any) -> None:
+        """Something of the service's own, journalled with the next batch."""
+        self._fact(kind, key, value)
+
+    def _fact(self, kind: str, key: str, value: Any) -> None:
+        self._facts[kind, key] = value
+
+    def _emit(self, instruction: Instruction) -> None:
+        self._out.append(instruction)
+
+    def _answer(self, event: Event, value: Any = None, error: BaseException | None = None) -> None:
+        if event.ticket:
+            self._emit(Reply(ticket=event.ticket, value=value, error=error))
+
+    def _show(self, now: float) -> None:
+        """Operations that bring the statuses in the tree up to date, into the revision that is being made."""
+        for name in self._dirty:
+            work = self.works.get(name) or self.hidden.get(name)
+            if work is None:
+                continue
+            for call_id in sorted(work.book.touched):
+                call = work.book.calls[call_id]
+                self._fact("call", call_id, msgspec.to_builtins(call))
+            stage_before = work.shown.get("stage")
+            call_now = work.book.shown
+            stage_now = str(call_now.stage) if call_now is not None else str(Stage.NOT_STARTED)
+            if stage_now != stage_before and stage_before is not None:
+                work.since = now
+            status = work.status(self.config.base_url)
+            if status != work.shown:
+                self._fact("work", name, {**status, "deaths": work.deaths, "held_key": work.book.held, "live": work.live})
+                if (stage_before, work.shown.get("reason"), work.shown.get("is_ready")) != (
+                    stage_now,
+                    status["reason"],
+                    status["is_ready"],
+                ):
+                    detail = status["message"] or (status["url"] if status["is_ready"] else "")
+                    shown = "ready" if status["is_ready"] and stage_now == "running" else stage_now
+                    self._emit(Shown(work=name, stage=shown, detail=detail, hidden=work.spec.hidden))
+            if not work.spec.hidden:
+                at = work.spec.pointer
+                if not work.shown:
+                    self._ops.append({"op": "replace", "path": f"{at}/status", "value": status})
+                else:
+                    self._ops += [
+                        {"op": "replace", "path": f"{at}/status/{field}", "value": value}
+                        for field, value in status.items()
+                        if work.shown.get(field) != value or type(work.shown.get(field)) is not type(value)
+                    ]
+                self._show_calls(work)
+                if status != work.shown or work.book.touched:
+                    self._pass_views[name] = None
+            work.shown = status
+            work.book.touched.clear()
+        self._dirty.clear()
+
+    def _show_calls(self, work: _Work) -> None:
+        node = self.tree.get(work.spec.pointer)["calls"]
+        at = f"{work.spec.pointer}/calls"
+        for call_id in sorted(work.book.touched, key=lambda c: int(c.rsplit("-", 1)[1])):
+            self._ops.append({"op": "add", "path": f"{at}/{call_id}", "value": work.book.calls[call_id].public()})
+        known = list(dict.fromkeys([*node, *sorted(work.book.touched, key=lambda c: int(c.rsplit("-", 1)[1]))]))
+        for call_id in known[: max(0, len(known) - SHOWN_CALLS)]:
+            self._ops.append({"op": "remove", "path": f"{at}/{call_id}"})
+
+    def _revise(self, ops: list[Op], cause: str, now: float) -> int:
+        """One revision of what was applied already (`ops`), plus the statuses that became due with it."""
+        rev = self.tree.rev + 1 if not ops else self.tree.rev
+        self._show(now)
+        extra, self._ops = self._ops, []
+        if extra:
+            # Statuses are written by nobody else: they cannot be refused.
+            extra = self.tree.apply(extra, rev, guard=False)
+        if not ops and not extra:
+            return self.tree.rev
+        revision = Revised(rev=rev, cause=cause, at=now, ops=[*ops, *extra])
+        self._revisions.append(revision)
+        self._emit(revision)
+        return rev
+
+    # -- the door
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """Apply one event. Instructions may only be carried out after `take_batch()` has been committed."""
+        self._dispatch(event, now)
+        self._drain(now)
+        return self._taken()
+
+    def settle(self, now: float) -> list[Instruction]:
+        """A burst is over: start a pass if anything asks for one."""
+        self._revise([], "flow", now)
+        self._maybe_pass(now)
+        return self._taken()
+
+    def take_batch(self) -> Batch | None:
+        if not (self._revisions or self._facts):
+            return None
+        facts = [(kind, key, value) for (kind, key), value in self._facts.items()]
+        batch = Batch(revisions=self._revisions, facts=facts, durable=self._durable)
+        self._revisions, self._facts, self._durable = [], {}, False
+        return batch
+
+    def next_due(self) -> float | None:
+        """When the next `Tick` is worth sending (seconds since the epoch)."""
+        dues = [schedule.due for schedule in self.schedules.values()] if self.stage == "running" else []
+        for work in self._all():
+            current = work.book.current
+            if current is not None and not work.live:
+                due = work.book.calls[current].due
+                if due is not None:
+                    dues.append(due)
+        if self._woken and self._only_own and self._own > OWN_PASSES:
+            dues.append(self._own_at + OWN_PAUSE)
+        if self._stop_deadline is not None:
+            dues.append(self._stop_deadline)
+        return min(dues, default=None)
+
+    def _taken(self) -> list[Instruction]:
+        taken, self._out = self._out, []
+        return taken
+
+    def _dispatch(self, event: Event, now: float) -> None:
+        ordered = isinstance(event, Patch | Pushed | AskCall | RestartWork | ApiRequest)
+        if ordered and (self._passing or self._deferred):
+            self._deferred.append(event)
+        else:
+            self._now(event, now)
+
+    def _drain(self, now: float) -> None:
+        while self._deferred and not self._passing:
+            if self._close_burst:
+                self._revise([], "flow", now)
+                self._maybe_pass(now)
+                if self._passing:
+                    return
+            self._now(self._deferred.popleft(), now)
+        if self._close_burst and not self._passing:
+            self._revise([], "flow", now)
+            self._maybe_pass(now)
+
+    def _now(self, event: Event, now: float) -> None:
+        handlers: dict[type[Event], Callable[[Any, float], None]] = {
+            Patch: self._patch,
+            Pushed: self._pushed,
+            _Rest: self._pushed,
+            AskCall: self._ask_call,
+            StopWork: self._stop_work,
+            RestartWork: self._restart_work,
+            StopApp: self._stop_app,
+            ApiRequest: self._api_request,
+            PassEnded: self._pass_ended,
+            AgentUp: self._agent_up,
+            AgentFailed: self._agent_failed,
+            PlacedWorks: self._placed_works,
+            StartAnswered: self._start_answered,
+            AgentPolled: self._agent_polled,
+            Hidden: self._hidden_works,
+            Tick: self._tick,
+        }
+        try:
+            handlers[type(event)](event, now)
+        except OrchError as error:
+            self._answer(event, error=error)
+
+    # -- state from outside
+    def _patch(self, event: Patch, now: float) -> None:
+        if event.match is not None:
+            pointer, expected = event.match
+            actual = self.tree.value_rev(pointer)
+            if actual != expected:
+                raise StateMismatch(
+                    f"{pointer or '/'} was changed at revision {actual}, the request speaks of {expected}",
+                    hint="read it again and repeat the request",
+                )
+        rev = self._apply_vars(event.ops, event.cause, now)
+        self._answer(event, rev)
+
+    def _apply_vars(self, ops: list[Op], cause: str, now: float, *, origin: tuple[str, int] | None = None) -> int:
+        """Validate and apply a user's diff as one revision; tell the agents and the flow."""
+        if self.config.redact is not None:
+            for op in ops:
+                if "value" in op:
+                    self.config.redact(op["value"], str(op.get("path", "")))
+        self._revise([], "flow", now)
+        applied = self.tree.apply(ops, self.tree.rev + 1, guard=True)
+        rev = self.tree.rev
+        if origin is not None and not applied:
+            self._emit(SendDiffs(agent=self._agent_of(origin[0]), diffs=[
+                Diff(work=origin[0], rev=rev, ops=[], seq=origin[1])
+            ]))  # fmt: skip
+        if not applied:
+            return rev
+        self._pass_ops += applied
+        self._wake()
+        self._tell_agents(applied, rev, origin=origin, as_sent=len(applied) == len(ops))
+        self._revise(applied, cause, now)
+        return rev
+
+    def _tell_agents(
+        self, ops: list[Op], rev: int, *, origin: tuple[str, int] | None = None, as_sent: bool = False
+    ) -> None:
+        """Diffs for the works whose vars these operations touch."""
+        by_work: dict[str, list[Op]] = {}
+        for op in ops:
+            target = split_pointer(parse_pointer(op["path"]))
+            if target is None or len(target.component) < 2 or target.component[-2] != "works":
+                continue
+            name = ".".join(_dotted(target.component))
+            if self.works.get(name) is None:
+                continue
+            at = self.works[name].spec.pointer + "/vars"
+            relative = {**op, "path": op["path"][len(at) :]}
+            if "from" in op:
+                relative["from"] = op["from"][len(at) :]
+            by_work.setdefault(name, []).append(relative)
+        for name, changes in by_work.items():
+            work = self.works[name]
+            if not work.placed and not work.placing:
+                continue
+            seq = origin[1] if origin is not None and origin[0] == name else None
+            diff = Diff(work=name, rev=rev, ops=None if seq is not None and as_sent else changes, seq=seq)
+            self._emit(SendDiffs(agent=work.agent, diffs=[diff]))
+
+    # -- what agents report
+    def _pushed(self, event: Pushed, now: float) -> None:
+        push = event.push
+        agent = self.agents.get(push.agent)
+        if agent is None or push.epoch < agent.epoch:
+            raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
+        if push.epoch > agent.epoch:
+            agent.epoch, agent.acked = push.epoch, 0
+        agent.silent = False
+        results: list[ItemResult] = []
+        for i, item in enumerate(push.items):
+            seq = push.seq + i
+            if seq <= agent.acked:
+                continue
+            if self._close_burst and not self._passing:
+                self._revise([], "flow", now)
+                self._maybe_pass(now)
+            if self._passing:
+                # The rest of the push belongs behind the pass that a call's end has started.
+                rest = Push(agent=push.agent, epoch=push.epoch, seq=seq, items=push.items[i:])
+                self._deferred.appendleft(_Rest(ticket=event.ticket, push=rest, results=results))
+                self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+                return
+            results.append(self._item(item, seq, now))
+            agent.acked = seq
+        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+        earlier = event.results if isinstance(event, _Rest) else []
+        notable = [result for result in [*earlier, *results] if result.rev or result.error]
+        self._answer(event, PushReply(acked=agent.acked, results=notable))
+
+    def _item(self, item: Item, seq: int, now: float) -> ItemResult:
+        try:
+            rev = self._report(item, seq, now)
+        except OrchError as error:
+            hint = f" - {error.hint}" if error.hint else ""
+            if isinstance(item, VarOps):
+                self._emit(Note(level="warning", text=f"{item.work}: a change was refused: {error.message}{hint}"))
+                self._emit(SendDiffs(agent=self._agent_of(item.work), diffs=[
+                    Diff(work=item.work, rev=self.tree.rev, ops=[], seq=seq)
+                ]))  # fmt: skip
+            return ItemResult(seq=seq, error=error.message + hint, status=error.status)
+        return ItemResult(seq=seq, rev=rev)
+
+    def _agent_of(self, work: str) -> str:
+        known = self.works.get(work) or self.hidden.get(work)
+        return known.agent if known is not None else "local"
+
+    def _report(self, item: Item, seq: int, now: float) -> int:
+        work = self.works.get(item.work) or self.hidden.get(item.work)
+        if work is None:
+            if isinstance(item, VarOps):
+                raise NotFound(f"there is no work {item.work!r} any more")
+            self._emit(Note(level="info", text=f"{item.work}: a late report was dropped, the work was removed"))
+            return 0
+        match item:
+            case VarOps():
+                at = work.spec.pointer + "/vars"
+                ops = [
+                    {**op, "path": at + op["path"], **({"from": at + op["from"]} if "from" in op else {})}
+                    for op in item.ops
+                ]
+                return self._apply_vars(ops, f"work:{item.work}", now, origin=(item.work, seq))
+            case Started():
+                self._started(work, item)
+            case Ready():
+                self._ready(work, item)
+            case Ended():
+                self._ended(work, item, now)
+            case Progress():
+                self._progressed(work, item)
+            case Published():
+                self._published(work, item)
+        return 0
+
+    def _current(self, work: _Work, call: str, attempt: int) -> Call | None:
+        """The call that a report speaks of, if it is the one that the work is at."""
+        if work.book.current != call:
+            return None
+        current = work.book.calls[call]
+        return current if current.attempt == attempt else None
+
+    def _started(self, work: _Work, item: Started) -> None:
+        call = self._current(work, item.call, item.attempt)
+        if call is None or call.stage is Stage.RUNNING:
+            return
+        work.live = True
+        first = call.started_at if call.started_at is not None and call.attempt > 1 else item.at
+        work.book.put(call.move(Stage.RUNNING, started_at=first, due=None, reason=None, message=""))
+        self._touch(work)
+        self._wake()
+
+    def _ready(self, work: _Work, item: Ready) -> None:
+        if self._current(work, item.call, item.attempt) is None or work.ready == item.ready:
+            return
+        work.ready = item.ready
+        work.ready_at = item.at if item.ready else None
+        self._touch(work)
+        self._wake()
+
+    def _progressed(self, work: _Work, item: Progress) -> None:
+        if work.book.current != item.call:
+            return
+        if item.progress is not None:
+            work.progress = item.progress
+        if item.metrics:
+            work.metrics = {**work.metrics, **item.metrics}
+        self._touch(work)
+        self._wake()
+
+    def _published(self, work: _Work, item: Published) -> None:
+        self._emit(FileEvent(drive=item.drive, manifest=item.manifest))
+        if item.manifest.get("partial"):
+            return
+        published = [
+            {
+                "path": _joined(item.manifest.get("path", ""), entry.get("name", "")),
+                "size": entry.get("size"),
+                "version": item.manifest.get("version"),
+            }
+            for entry in item.manifest.get("entries", [])
+        ]
+        inside = item.manifest.get("path", "")
+        kept = [f for f in work.files if f["path"] != inside and not f["path"].startswith(inside + "/")]
+        work.files = (published + kept)[:SHOWN_FILES]
+        self._touch(work)
+        self._wake()
+
+    def _ended(self, work: _Work, item: Ended, now: float) -> None:
+        call = self._current(work, item.call, item.attempt)
+        if call is None or call.done or (call.stage is Stage.PENDING and call.due is not None):
+            return
+        work.live = work.ready = False
+        ready_for = item.at - work.ready_at if work.ready_at is not None else 0.0
+        work.ready_at = None
+        work.exit_code = item.exit_code
+        self._durable = True
+        self._close_burst = True
+        self._touch(work)
+        self._wake()
+        if item.reason is None:
+            reason = None
+        elif item.reason in Reason._value2member_map_:
+            reason = Reason(item.reason)
+        else:
+            reason = Reason.EXCEPTION
+        ended = call.replace(exit_code=item.exit_code, finished_at=item.at, due=None)
+        if reason is Reason.TIMEOUT:
+            work.num_timeouts += 1
+        if work.stopping or reason in (Reason.STOPPED, Reason.REPLACED):
+            if reason is None and work.spec.kind != "service":
+                self._succeed(work, ended, item)
+            else:
+                why = Reason(work.stopping) if work.stopping else (reason or Reason.STOPPED)
+                self._end(work, ended.move(Stage.STOPPED, reason=why, message=item.message))
+        elif work.spec.kind == "service" and self._restarts(work, reason):
+            if ready_for >= READY_LONG:
+                work.deaths = 0
+            delay = RESTART_DELAYS[min(work.deaths, len(RESTART_DELAYS) - 1)]
+            work.deaths += 1
+            said = item.message or f"exit code {item.exit_code}"
+            message = f"{said}; restart in {delay:g} s"
+            why = reason or Reason.EXIT_CODE
+            work.book.put(ended.move(Stage.PENDING, reason=why, message=message, due=now + delay))
+        elif reason is None:
+            self._succeed(work, ended, item)
+        elif reason in RETRIED and call.attempt <= work.spec.retries and work.spec.kind != "service":
+            message = f"{item.message or reason}; retry {call.attempt} of {work.spec.retries}"
+            due = now + work.spec.retry_delay
+            work.book.put(ended.move(Stage.PENDING, reason=reason, message=message, due=due))
+        else:
+            failed = ended.move(Stage.FAILED, reason=reason, message=item.message)
+            self._end(work, failed)
+            if work.spec.raise_exception and self.stage == "running":
+                where = f"\n{item.traceback}" if item.traceback else ""
+                self._fail_app(f"{work.spec.name} failed: {item.message or reason}{where}", now)
+        self._advance(work, now)
+        self._maybe_exit(now)
+
+    @staticmethod
+    def _restarts(work: _Work, reason: Reason | None) -> bool:
+        if reason in (Reason.INFEASIBLE, Reason.BUILD_FAILED):
+            return False
+        return work.spec.restart == "always" or (work.spec.restart == "on_failure" and reason is not None)
+
+    def _succeed(self, work: _Work, call: Call, item: Ended) -> None:
+        work.num_successes += 1
+        if work.progress is not None:
+            work.progress = 1.0
+        self._end(work, call.move(Stage.SUCCEEDED, reason=None, message=item.message, result=item.result))
+
+    def _end(self, work: _Work, call: Call) -> None:
+        fresh = call.stage is not Stage.STOPPED and not work.spec.cache_calls and work.spec.kind != "service"
+        if call.stage is Stage.STOPPED and work.book.held == call.key and not work.spec.cache_calls:
+            fresh = False
+        work.book.finish(call.replace(fresh=fresh))
+        work.stopping = ""
+        if work.restart_wanted:
+            work.restart_wanted = False
+            self._again(work, call, call.finished_at or 0.0)
+
+    def _again(self, work: _Work, call: Call, now: float) -> Call:
+        work.book.forget_failures()
+        again = work.book.new(call.args, call.kwargs, now)
+        work.book.add(again)
+        return again
+
+    # -- starting and stopping calls
+    def _advance(self, work: _Work, now: float) -> None:
+        """Start the next call of a free Work, or the next attempt of its current one."""
+        if self.stage not in ("starting", "running"):
+            return
+        book = work.book
+        if book.current is None:
+            if not book.queue:
+                return
+            if not work.placed:
+                self._place(work)
+                return
+            call = book.take()
+            assert call is not None
+            work.progress, work.metrics, work.exit_code, work.ready = None, {}, None, False
+            work.deaths = 0
+        else:
+            call = book.calls[book.current]
+            if work.live or work.stopping or (call.due is not None and call.due > now):
+                return
+            if not work.placed:
+                self._place(work)
+                return
+        launched = book.put(call.replace(attempt=call.attempt + 1, due=None))
+        work.live = True
+        work.ready = False
+        self._durable = True
+        self._touch(work)
+        self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, launched)]))
+
+    def _start_message(self, work: _Work, call: Call) -> StartCall:
+        spec = work.spec
+        args = list(call.args)
+        if spec.kind != "python":
+            args = list(split_arguments(call.args))
+        return StartCall(
+            work=spec.name,
+            call=call.id,
+            attempt=call.attempt,
+            kind=spec.kind,
+            record=spec.record if spec.kind == "python" else None,
+            command=spec.command,
+            script_args=spec.script_args,
+            args=args,
+            kwargs=call.kwargs,
+            shell=spec.shell,
+            cwd=spec.cwd,
+            env={**self.config.env, **spec.env},
+            secrets={**self.config.secrets, **(self.config.page_secrets if spec.hidden else {})},
+            base_path=f"/view/{spec.name}" if not spec.hidden else f"/view/{spec.display_name}",
+            prefix=spec.prefix,
+            health=spec.health,
+            timeout=spec.timeout,
+            grace=spec.grace,
+            drive=spec.drive,
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+            reload=spec.reload,
+            sync_interval=spec.sync_interval,
+        )
+
+    def _place(self, work: _Work) -> None:
+        if work.placing or work.placed:
+            return
+        work.placing = True
+        agent = self.agents[work.agent]
+        if not agent.up:
+            if not agent.launching:
+                agent.launching = True
+                self._emit(LaunchAgent(agent=agent.name))
+            return
+        self._emit(PlaceWorks(agent=agent.name, works=[self._place_message(work)]))
+
+    def _place_message(self, work: _Work) -> Place:
+        values = {} if work.spec.hidden else self.tree.get(work.spec.pointer + "/vars")
+        return Place(
+            work=work.spec.name,
+            token=self.config.work_token(work.spec.name),
+            rev=self.tree.rev,
+            vars=_copied(values),
+            host=work.spec.host,
+            port=work.port,
+            python=work.spec.kind == "python",
+        )
+
+    def _cancel(self, work: _Work, reason: Reason, now: float, *, kill: bool = False) -> None:
+        """Stop the current call and drop the waiting ones."""
+        book = work.book
+        self._touch(work)
+        for waiting in list(book.queue):
+            book.finish(book.calls[waiting].move(Stage.STOPPED, reason=reason, finished_at=now))
+        if book.current is None:
+            return
+        call = book.calls[book.current]
+        book.last = call.id
+        if not work.live:
+            self._end(work, call.move(Stage.STOPPED, reason=reason, finished_at=now, due=None))
+            return
+        if work.stopping and not kill:
+            return
+        work.stopping = str(reason)
+        work.ready = False
+        grace = 0.0 if kill else work.spec.grace
+        stop = StopCall(work=work.spec.name, call=call.id, attempt=call.attempt, grace=grace, reason=str(reason))
+        self._emit(StopCalls(agent=work.agent, calls=[stop]))
+
+    # -- asked from outside the flow
+    def _ask_call(self, event: AskCall, now: float) -> None:
+        work = self.find(event.work)
+        self._refuse_when_ending(work)
+        args, kwargs = json_arguments(work.spec.name, event.args, event.kwargs)
+        if self.config.redact is not None:
+            self.config.redact([args, kwargs], f"{work.spec.name}: call arguments")
+        key = call_key(args, kwargs)
+        book = work.book
+        found_id = book.latest.get(key)
+        found = book.calls[found_id] if found_id is not None else None
+        if found is not None and (not found.done or (found.succeeded and self._caches(work))):
+            self._answer(event, self.describe(work))
+            return
+        call = book.new(args, kwargs, now)
+        error = self._bad_arguments(work, args, kwargs)
+        if error:
+            raise CallError(f"{work.spec.name}: {error}")
+        if work.spec.when_busy == "replace":
+            self._cancel(work, Reason.REPLACED, now)
+        book.add(call)
+        work.restart_wanted = False
+        self._touch(work)
+        self._wake()
+        self._advance(work, now)
+        self._revise([], "api", now)
+        self._answer(event, self.describe(work))
+
+    @staticmethod
+    def _caches(work: _Work) -> bool:
+        return work.spec.cache_calls and work.spec.kind != "service"
+
+    @staticmethod
+    def _bad_arguments(work: _Work, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        if work.spec.kind == "python":
+            return ""
+        return argument_error(args, kwargs)
+
+    def _refuse_when_ending(self, work: _Work) -> None:
+        if self.stage not in ("starting", "running"):
+            raise CallError(f"{work.spec.name}: the app is {self.stage}, no call can be started")
+
+    def _stop_work(self, event: StopWork, now: float) -> None:
+        work = self.find(event.work)
+        shown = work.book.shown
+        work.restart_wanted = False
+        if shown is not None:
+            self._cancel(work, Reason.STOPPED, now)
+            latest = work.book.shown if work.book.shown is not None else shown
+            work.book.held = latest.key
+            self._wake()
+        self._revise([], "api", now)
+        self._answer(event, self.describe(work))
+
+    def _restart_work(self, event: RestartWork, now: float) -> None:
+        work = self.find(event.work)
+        self._refuse_when_ending(work)
+        self._restart(work, now)
+        self._revise([], "api", now)
+        self._answer(event, self.describe(work))
+
+    def _restart(self, work: _Work, now: float) -> None:
+        book = work.book
+        latest = book.calls[book.queue[-1]] if book.queue else book.shown
+        if latest is None:
+            raise CallError(
+                f"{work.spec.name} has never been asked for a call, there is nothing to restart",
+                hint=f"POST /api/v1/works/{work.spec.name}/run starts one",
+            )
+        live = work.live
+        self._cancel(work, Reason.STOPPED, now)
+        if live:
+            work.restart_wanted = True
+        else:
+            self._again(work, latest, now)
+            self._advance(work, now)
+        self._touch(work)
+        self._wake()
+
+    # -- passes
+    def _wake(self) -> None:
+        self._woken = True
+        self._only_own = False
+
+    def _maybe_pass(self, now: float) -> None:
+        if self._passing or not self._woken or self.stage not in ("starting", "running"):
+            self._close_burst = self._close_burst and bool(self._passing)
+            return
+        if not self._only_own:
+            self._own = 0
+        elif self._own > OWN_PASSES and now < self._own_at + OWN_PAUSE:
+            return
+        given = self._pass_input(now)
+        self._woken = self._only_own = False
+        self._passing = True
+        self._emit(RunPass(given=given))
+
+    def _pass_input(self, now: float) -> PassInput:
+        self._close_burst = False
+        self._fresh_seen = {
+            call
+            for work in self.works.values()
+            if not work.spec.cache_calls
+            for call in work.book.latest.values()
+            if work.book.calls[call].fresh
+        }
+        views = {n: self.works[n].view(self.config.base_url) for n in self._pass_views if n in self.works}
+        given = PassInput(
+            run=self.run, now=now, ops=self._pass_ops, views=views, schedules=dict(self._pass_schedules)
+        )
+        self._pass_ops, self._pass_views, self._pass_schedules = [], {}, {}
+        return given
+
+    def _api_request(self, event: ApiRequest, now: float) -> None:
+        if self.stage not in ("starting", "running"):
+            raise CallError(f"the app is {self.stage}")
+        self._revise([], "flow", now)
+        self._passing = True
+        self._pass_ticket = event.ticket
+        self._emit(RunMethod(given=self._pass_input(now), method=event.method))
+
+    def _pass_ended(self, event: PassEnded, now: float) -> None:
+        result = event.result
+        self._passing = False
+        method, self._pass_ticket = self._pass_ticket, 0
+        self.passes += 1
+        self.pass_seconds = result.seconds if self.passes == 1 else 0.9 * self.pass_seconds + 0.1 * result.seconds
+        if result.how == "error":
+            if method:
+                self._emit(ReloadProgram())
+                self._emit(Reply(ticket=method, error=result.error))
+                return
+            self._fail_app(f"{result.message}\n{result.traceback}", now)
+            return
+        try:
+            rev = self._commit_pass(result, method != 0, now)
+        except OrchError as error:
+            self._emit(ReloadProgram())
+            if method:
+                self._emit(Reply(ticket=method, error=error))
+            else:
+                self._fail_app(f"a pass cannot be committed: {error.message}", now)
+            return
+        if method:
+            self._emit(Reply(ticket=method, value=(result.value, rev)))
+        if result.how == "stop":
+            self._end_app(0, result.message, now)
+        elif result.how == "fail":
+            self._fail_app(result.message, now)
+        if self.stage == "starting" and result.how in ("end", "blocked") and not method:
+            self._set_stage("running", "", now)
+        if self.passes >= 5 and self.pass_seconds > 1.0 and self.passes % 10 == 0:
+            self._emit(
+                Note(
+                    level="warning",
+                    text=f"passes take {self.pass_seconds:.1f} s on average: a Flow orchestrates, computing belongs in a Work",
+                )
+            )
+
+    def _commit_pass(self, result: PassResult, method: bool, now: float) -> int:
+        """What the pass changed and asked for, as one revision in one transaction."""
+        if self.config.redact is not None:
+            for op in result.ops:
+                if "value" in op:
+                    self.config.redact(op["value"], op["path"])
+            for ask in result.asks:
+                for call in ask.new.values():
+                    self.config.redact([call.args, call.kwargs], f"{ask.work}: call arguments")
+        self._revise([], "flow", now)
+        ops = result.ops
+        if ops:
+            ops = self.tree.apply(result.ops, self.tree.rev + 1, guard=False)
+        for name in result.removed:
+            self._remove_work(name, now)
+        for spec in result.created:
+            self._add_work(spec, _Work(spec, self.run))
+        for name, record in result.records.items():
+            self._fact("component", name, record)
+        for key, schedule in result.schedules.items():
+            self.schedules[key] = schedule
+            self._fact("schedule", key, msgspec.to_builtins(schedule))
+        asked = self._asks(result, now)
+        self._hand_over(result, now)
+        if result.layout is not None:
+            self.layout = result.layout
+            self._emit(Layout(tabs=result.layout))
+            self._emit(Frontends(frontends=result.frontends))
+        if ops:
+            rev = self.tree.rev
+            self._tell_agents(ops, rev)
+            self._revise(ops, "flow" if not method else "api", now)
+        else:
+            rev = self._revise([], "flow" if not method else "api", now)
+        for spec in result.created:
+            if spec.start_with_flow:
+                self._place(self.works[spec.name])
+        for work in asked:
+            self._advance(work, now)
+        self._own_change(result, method, now)
+        self._revise([], "flow", now)
+        return rev
+
+    def _asks(self, result: PassResult, now: float) -> list[_Work]:
+        asked: list[_Work] = []
+        for ask in result.asks:
+            work = self.works.get(ask.work)
+            if work is None:
+                continue
+            if ask.stop:
+                self._cancel(work, Reason.STOPPED, now)
+                work.restart_wanted = False
+            if ask.restart:
+                self._restart(work, now)
+            for call in ask.new.values():
+                if ask.replace and not call.done:
+                    self._cancel(work, Reason.REPLACED, now)
+                    work.restart_wanted = False
+                work.book.add(call)
+                self._touch(work)
+                self._wake()
+                if call.failed and work.spec.raise_exception:
+                    self._fail_app(f"{work.spec.name} failed: {call.message}", now)
+            asked.append(work)
+        return asked
+
+    def _hand_over(self, result: PassResult, now: float) -> None:
+        """Finished uncached calls that this pass has used up."""
+        seen = {call for ask in result.asks for call in ask.seen}
+        for call_id in self._fresh_seen:
+            work = next((w for w in self.works.values() if call_id in w.book.calls), None)
+            if work is None:
+                continue
+            call = work.book.calls[call_id]
+            reached = result.how in ("end", "stop", "fail")
+            if call.fresh and (reached or (work.spec.parallel and call_id in seen)):
+                work.book.put(call.replace(fresh=False))
+                self._touch(work)
+        self._fresh_seen = set()
+
+    def _own_change(self, result: PassResult, method: bool, now: float) -> None:
+        """A pass that reached its end is followed by another one if it changed state itself."""
+        if method or not result.ops:
+            self._woken = self._woken or bool(method and result.ops)
+            return
+        if result.how != "end":
+            return
+        if not self._woken:
+            self._woken = self._only_own = True
+        self._own += 1
+        self._own_at = now
+        if self._own == OWN_PASSES:
+            names = sorted({op["path"] for op in result.ops})
+            self._emit(
+                Note(
+                    level="warning",
+                    text=f"{OWN_PASSES} passes in a row were caused by nothing but their own changes of "
+                    f"{', '.join(names[:5])}: from now on at most 10 a second",
+                )
+            )
+
+    def _remove_work(self, name: str, now: float) -> None:
+        work = self.works.pop(name, None)
+        if work is None:
+            return
+        self._pass_views.pop(name, None)
+        self._dirty.pop(name, None)
+        self._fact("work", name, None)
+        if work.placed or work.placing:
+            self._emit(ForgetWorks(agent=work.agent, works=[name]))
+
+    # -- agents
+    def _agent_up(self, event: AgentUp, now: float) -> None:
+        agent = self.agents.setdefault(event.agent, _Agent(event.agent))
+        if event.epoch != agent.epoch:
+            agent.epoch, agent.acked = event.epoch, 0
+        agent.up, agent.launching, agent.silent = True, False, False
+        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+        known = {report.work: report for report in event.status.works}
+        wanted: list[Place] = []
+        for work in self._all():
+            if work.agent != agent.name:
+                continue
+            report = known.get(work.spec.name)
+            if report is not None:
+                work.host, work.port, work.placed, work.placing = report.host, report.port, True, False
+                self._touch(work)
+            if work.placing or (report is None and work.placed):
+                work.placing, work.placed = True, False
+                wanted.append(self._place_message(work))
+        if wanted:
+            self._emit(PlaceWorks(agent=agent.name, works=wanted))
+        self._reconcile(event.status, now)
+        for work in self._all():
+            if work.agent == agent.name and work.placed:
+                self._resend(work, known.get(work.spec.name))
+                self._advance(work, now)
+        self._wake()
+
+    def _resend(self, work: _Work, report: Any) -> None:
+        """The current attempt was to be started, but this agent knows nothing of it: the same request again."""
+        call = work.book.calls[work.book.current] if work.book.current is not None else None
+        if call is None or not work.live:
+            return
+        if report is None or (report.call, report.attempt) != (call.id, call.attempt):
+            if work.stopping:
+                self._end(work, call.move(Stage.STOPPED, reason=Reason(work.stopping), finished_at=call.started_at))
+                work.live = False
+                return
+            self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, call)]))
+
+    def _reconcile(self, status: AgentStatus, now: float) -> None:
+        """A poll's facts are the items' facts; those that were not seen yet take effect here."""
+        for report in status.works:
+            work = self.works.get(report.work) or self.hidden.get(report.work)
+            if work is None or report.call is None:
+                continue
+            call = self._current(work, report.call, report.attempt)
+            if call is None or call.done:
+                continue
+            if call.stage is Stage.UNKNOWN and report.stage in ("running", "stopping"):
+                work.book.put(call.move(Stage.RUNNING, message=""))
+                self._touch(work)
+                self._wake()
+
+    def _agent_failed(self, event: AgentFailed, now: float) -> None:
+        agent = self.agents[event.agent]
+        agent.up = agent.launching = False
+        for work in self._all():
+            if work.agent == agent.name and work.placing:
+                work.placing = False
+                work.failed_to_place = event.message
+                self._touch(work)
+        if self.stage in ("starting", "running"):
+            self._fail_app(f"agent {event.agent} cannot be placed: {event.message}", now)
+
+    def _placed_works(self, event: PlacedWorks, now: float) -> None:
+        for placed in event.placed:
+            work = self.works.get(placed.work) or self.hidden.get(placed.work)
+            if work is None:
+                continue
+            work.placing = False
+            self._touch(work)
+            self._wake()
+            if placed.error:
+                work.failed_to_place = placed.error
+                self._place_failed(work, placed.error, now)
+                continue
+            work.placed, work.failed_to_place = True, ""
+            work.host, work.port = placed.host, placed.port
+            if work.live:
+                self._resend(work, None)
+            self._advance(work, now)
+
+    def _place_failed(self, work: _Work, message: str, now: float) -> None:
+        for waiting in [*work.book.queue, *([work.book.current] if work.book.current else [])]:
+            call = work.book.calls[waiting]
+            self._end(work, call.move(Stage.FAILED, reason=Reason.EXCEPTION, message=message, finished_at=now))
+        if work.spec.raise_exception and work.book.calls:
+            self._fail_app(f"{work.spec.name} failed: {message}", now)
+
+    def _start_answered(self, event: StartAnswered, now: float) -> None:
+        for name, reply in zip(event.works, event.replies, strict=True):
+            if reply.accepted:
+                continue
+            work = self.works.get(name) or self.hidden.get(name)
+            if work is not None:
+                self._ended(
+                    work,
+                    Ended(
+                        work=name,
+                        call=reply.call,
+                        attempt=reply.attempt,
+                        at=now,
+                        reason="exception",
+                        message=reply.error,
+                    ),
+                    now,
+                )
+
+    def _agent_polled(self, event: AgentPolled, now: float) -> None:
+        agent = self.agents[event.agent]
+        if event.status is not None:
+            agent.silent = False
+            self._reconcile(event.status, now)
+            return
+        agent.silent = True
+        for work in self._all():
+            current = work.book.calls.get(work.book.current or "")
+            if work.agent == agent.name and work.live and current is not None and current.stage is Stage.RUNNING:
+                work.book.put(current.move(Stage.UNKNOWN, message=f"no contact with agent {agent.name}"))
+                self._touch(work)
+                self._wake()
+
+    def _hidden_works(self, event: Hidden, now: float) -> None:
+        names = {spec.name for spec in event.specs}
+        for name in [n for n in self.hidden if n not in names]:
+            work = self.hidden.pop(name)
+            if work.placed or work.placing:
+                self._emit(ForgetWorks(agent=work.agent, works=[name]))
+        for spec in event.specs:
+            work = self.hidden.get(spec.name) or _Work(spec, self.run)
+            fresh = spec.name not in self.hidden
+            changed = work.spec.command != spec.command
+            work.spec = spec
+            if fresh:
+                self._add_work(spec, work)
+            if fresh or changed:
+                self._cancel(work, Reason.REPLACED, now)
+                work.book.add(work.book.new((), {}, now))
+                self._touch(work)
+            self._advance(work, now)
+
+    def _tick(self, event: Tick, now: float) -> None:
+        for work in self._all():
+            current = work.book.current
+            if current is not None and not work.live:
+                due = work.book.calls[current].due
+                if due is not None and due <= now:
+                    self._advance(work, now)
+        if any(schedule.due <= now for schedule in self.schedules.values()):
+            self._wake()
+        if self._stop_deadline is not None and now >= self._stop_deadline:
+            self._exit(kill=True)
+
+    # -- the app's life
+    def start(self, now: float) -> list[Instruction]:
+        """The app begins: place what starts with it, and ask for the first pass."""
+        for work in self._all():
+            self._touch(work)
+        for work in self.works.values():
+            if work.spec.start_with_flow or work.book.current is not None or work.book.queue:
+                self._place(work)
+        self._woken = True
+        return self.settle(now)
+
+    def _set_stage(self, stage: str, message: str, now: float) -> None:
+        if stage == self.stage and message == self.message:
+            return
+        self.stage, self.message = stage, message
+        self._ops.append({"op": "replace", "path": "/app/stage", "value": stage})
+        self._ops.append({"op": "replace", "path": "/app/message", "value": message})
+        self._fact("app", "stage", {"stage": stage, "message": message})
+        self._revise([], "flow", now)
+
+    def _fail_app(self, message: str, now: float) -> None:
+        if self.stage in ("starting", "running"):
+            self._emit(Note(level="error", text=message))
+        self._end_app(1, message, now)
+
+    def _end_app(self, code: int, message: str, now: float) -> None:
+        if self.stage not in ("starting", "running"):
+            return
+        self.code = code
+        self._set_stage("failed" if code else "stopping", message, now)
+        longest = 0.0
+        for work in self._all():
+            if work.live:
+                longest = max(longest, work.spec.grace)
+            self._cancel(work, Reason.STOPPED, now)
+        self._stop_deadline = now + longest + 2.0
+        self._revise([], "flow", now)
+        for event in list(self._deferred):
+            if isinstance(event, AskCall | RestartWork | ApiRequest):
+                self._answer(event, error=CallError(f"the app is {self.stage}"))
+                self._deferred.remove(event)
+        self._maybe_exit(now)
+
+    def _stop_app(self, event: StopApp, now: float) -> None:
+        if event.kill and self._stop_deadline is not None:
+            self._exit(kill=True)
+        elif self.stage in ("starting", "running"):
+            self._end_app(event.code, event.message, now)
+        self._answer(event, {"stage": self.stage})
+
+    def _maybe_exit(self, now: float) -> None:
+        if self._stop_deadline is None or any(work.live for work in self._all()):
+            return
+        if self.stage == "stopping":
+            self._set_stage("stopped", self.message, now)
+        self._exit(kill=False)
+
+    def _exit(self, *, kill: bool) -> None:
+        if not self._exited:
+            self._exited = True
+            self._emit(Exit(code=self.code, message=self.message, kill=kill))
+        self._stop_deadline = None
+
+    # -- resume
+    def restore(self, facts: Mapping[str, Mapping[str, Any]], *, clean: bool) -> None:
+        """Take over what the journal knows of calls, works, agents and schedules. Before `start`.
+
+        Args:
+            clean: the run had ended; nothing can still be running, failures are forgotten (`--resume`).
+        """
+        calls: dict[str, list[Call]] = {}
+        for value in facts.get("call", {}).values():
+            call = msgspec.convert(value, Call)
+            calls.setdefault(call.work, []).append(call)
+        for name, book_calls in calls.items():
+            work = self.works.get(name)
+            if work is None:
+                continue
+            kept = facts.get("work", {}).get(name) or {}
+            if clean:
+                book_calls = [
+                    call
+                    if call.done
+                    else call.replace(stage=Stage.STOPPED, reason=Reason.STOPPED, finished_at=call.started_at, due=None)
+                    for call in book_calls
+                ]
+            held = None if clean else kept.get("held_key")
+            work.book.restore(book_calls, held=held)
+            if clean:
+                work.book.forget_failures()
+            work.live = (
+                work.book.current is not None
+                and work.book.calls[work.book.current].due is None
+                and work.book.calls[work.book.current].attempt > 0
+            )
+            work.since = kept.get("since")
+            work.deaths = kept.get("deaths", 0)
+            work.num_successes = kept.get("num_successes", 0)
+            work.num_timeouts = kept.get("num_timeouts", 0)
+            work.exit_code = kept.get("exit_code")
+            work.files = kept.get("files", [])
+            work.metrics = kept.get("metrics", {})
+            work.progress = kept.get("progress")
+            if work.port is None and not clean:
+                work.port = kept.get("port")
+            self._touch(work)
+        for name, value in facts.get("agent", {}).items():
+            agent = self.agents.setdefault(name, _Agent(name))
+            agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
+        for key, value in facts.get("schedule", {}).items():
+            schedule = msgspec.convert(value, Schedule)
+            self.schedules[key] = schedule
+            self._pass_schedules[key] = schedule
+
+    # -- reading
+    def describe(self, work: _Work) -> dict[str, Any]:
+        """What REST shows of a Work."""
+        calls = list(work.book.calls.values())[-SHOWN_CALLS:]
+        return {
+            "name": work.spec.name,
+            "kind": work.spec.kind,
+            "display_name": work.spec.display_name,
+            **work.status(self.config.base_url),
+            "call": work.book.shown.id if work.book.shown is not None else None,
+            "attempt": work.book.shown.attempt if work.book.shown is not None else 0,
+            "calls": [call.public() for call in calls],
+            "agent": work.agent if work.placed else None,
+            "cloud_compute": work.spec.compute,
+        }
+
+    def attach_vars(self, agent: str) -> dict[str, WorkVars]:
+        return {
+            work.spec.name: WorkVars(rev=self.tree.rev, vars=_copied(self.tree.get(work.spec.pointer + "/vars")))
+            for work in self.works.values()
+            if work.agent == agent
+        }
+
+
+class _Rest(Pushed):
+    """The part of a push that waits behind a pass, with the results of the part before it."""
+
+    results: list[ItemResult] = msgspec.field(default_factory=list)
+
+
+def _dotted(component: tuple[str, ...]) -> list[str]:
+    """Dotted short name of a component's pointer tokens."""
+    parts: list[str] = []
+    i = 0
+    while i < len(component):
+        if component[i] == "structures":
+            parts += [component[i + 1], component[i + 3]]
+            i += 4
+        else:
+            parts.append(component[i + 1])
+            i += 2
+    return parts
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}/{name}" if name and name != "." else path
+
+
+def _copied(value: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(value))
+

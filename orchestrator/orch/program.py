@@ -1,0 +1,616 @@
+"""The user's Flow objects, run in passes. Whoever holds the Program (one thread at a time) may run one.
+
+A pass is a transaction: `Pass` collects what `run()` changed and asked for; `PassResult` carries it to the engine, which
+commits it. Between passes the engine's diffs are applied here first, so that a pass sees one state.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from time import perf_counter
+from typing import Any, NoReturn
+
+import msgspec
+
+from orch.calls import Call, Reason, Stage, call_id, call_key, json_arguments
+from orch.component import Component, build, short_name
+from orch.errors import OrchError, StateTypeError, UsageError
+from orch.flow import Flow
+from orch.frontends import Frontend, StaticFrontend, StreamlitFrontend
+from orch.schedule import next_tick
+from orch.state import format_pointer, parse_pointer, split_pointer
+from orch.structures import List, Structure
+from orch.wire import ComponentRecord, Op
+from orch.work import Work, WorkSpec, WorkView
+
+__all__ = ["Pass", "PassInput", "PassOver", "PassResult", "Program", "Schedule", "WorkAsk"]
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True):
+    cron: str
+    tz: str
+    catch_up: bool
+    due: float
+    """Seconds since the epoch; a pass at or after it that asks gets True."""
+
+
+class PassInput(msgspec.Struct, kw_only=True):
+    """What changed since the last pass."""
+
+    run: int
+    now: float
+    ops: list[Op] = msgspec.field(default_factory=list)
+    views: dict[str, WorkView] = msgspec.field(default_factory=dict)
+    """By short name: every work whose picture changed."""
+    schedules: dict[str, Schedule] = msgspec.field(default_factory=dict)
+
+
+class WorkAsk(msgspec.Struct, kw_only=True):
+    """What a pass wants of one Work."""
+
+    work: str
+    new: dict[str, Call] = msgspec.field(default_factory=dict)
+    """Calls to add, by key, in the order asked."""
+    replace: bool = False
+    """The new call replaces whatever runs or waits."""
+    stop: bool = False
+    restart: bool = False
+    seen: list[str] = msgspec.field(default_factory=list)
+    """Ids of finished calls that were handed to the flow."""
+
+
+class PassResult(msgspec.Struct, kw_only=True):
+    how: str
+    """"end", "blocked", "stop", "fail", or "error"."""
+    message: str = ""
+    traceback: str = ""
+    ops: list[Op] = msgspec.field(default_factory=list)
+    asks: list[WorkAsk] = msgspec.field(default_factory=list)
+    created: list[WorkSpec] = msgspec.field(default_factory=list)
+    removed: list[str] = msgspec.field(default_factory=list)
+    records: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Component name -> how to build it again, None when it was removed."""
+    schedules: dict[str, Schedule] = msgspec.field(default_factory=dict)
+    layout: list[dict[str, Any]] | None = None
+    frontends: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    seconds: float = 0.0
+    value: Any = None
+    """Result of an API method."""
+    error: BaseException | None = None
+
+
+class PassOver(BaseException):
+    """Ends a pass from inside. A BaseException: `except Exception` does not catch it, `finally` runs."""
+
+    def __init__(self, how: str, message: str = "") -> None:
+        super().__init__(how, message)
+        self.how = how
+        self.message = message
+
+
+class Pass:
+    """One pass while it runs."""
+
+    def __init__(self, given: PassInput, schedules: Mapping[str, Schedule], *, parallel: bool = False) -> None:
+        self.run = given.run
+        self.now = given.now
+        self.ops: list[Op] = []
+        self.asks: dict[str, WorkAsk] = {}
+        self.created: dict[str, Work] = {}
+        self.removed: list[str] = []
+        self.records: dict[str, Any] = {}
+        self.parallel = parallel
+        self.known = schedules
+        self.schedules: dict[str, Schedule] = {}
+        self._numbers: dict[str, int] = {}
+
+    def leave(self, how: str, message: str = "") -> NoReturn:
+        raise PassOver(how, message)
+
+    def _for(self, work: Work) -> WorkAsk:
+        name = short_name(work.name)
+        return self.asks.setdefault(name, WorkAsk(work=name))
+
+    # -- asking
+    def ask(self, work: Work, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """`work.run(*args, **kwargs)`: record the wish, or return what became of it. Blocks by ending the pass."""
+        plain_args, plain_kwargs = json_arguments(work.name, args, kwargs)
+        call = self._find(work, plain_args, plain_kwargs)
+        blocking = not (work._options["parallel"] or self.parallel)
+        if blocking and not call.done and not self._up(work, call):
+            raise PassOver("blocked", call.id)
+        return call
+
+    @staticmethod
+    def _up(work: Work, call: Call) -> bool:
+        """A service that answers does not hold the pass any longer."""
+        last = work._view.book.last
+        service = work._declaration()["kind"] == "service"
+        return service and work._view.ready and last is not None and last.id == call.id
+
+    def _find(self, work: Work, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        ask, book = self._for(work), work._view.book
+        key = call_key(args, kwargs)
+        service = work._declaration()["kind"] == "service"
+        replaces = work._options["when_busy"] == "replace"
+        if key in ask.new:
+            if replaces:
+                ask.new = {key: ask.new[key]}
+            return ask.new[key]
+        found = book.newest if service else book.latest.get(key)
+        if found is not None and found.key == key and not self._again(work, ask, found, service):
+            if not found.done:
+                if replaces:  # of several asked in one pass only the last counts, and this one is it
+                    ask.new, ask.replace = {}, False
+            elif found.fresh:
+                ask.seen.append(found.id)
+            return found
+        call = self._new(work, key, args, kwargs)
+        if replaces:
+            ask.new, ask.replace = {key: call}, True
+        else:
+            ask.new[key] = call
+        return call
+
+    def _again(self, work: Work, ask: WorkAsk, found: Call, service: bool) -> bool:
+        """Does asking for these arguments start a new call, although there is one?"""
+        if not found.done or ask.stop:
+            return False
+        if found.stage is Stage.STOPPED:
+            return work._view.book.held != found.key
+        if service:
+            return False
+        if work._options["cache_calls"]:
+            return False
+        return not found.fresh
+
+    def _new(self, work: Work, key: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        name = short_name(work.name)
+        number = self._numbers.get(name, work._view.book.counter) + 1
+        self._numbers[name] = number
+        error = work._argument_error(args, kwargs)
+        call = Call(
+            id=call_id(self.run, name, number), work=name, key=key, args=args, kwargs=kwargs, asked_at=self.now
+        )
+        if error:
+            call = call.move(
+                Stage.FAILED, reason=Reason.EXCEPTION, message=f"{name}: {error}", finished_at=self.now, fresh=True
+            )
+        return call
+
+    def stop_work(self, work: Work) -> None:
+        ask = self._for(work)
+        ask.new, ask.replace, ask.restart, ask.stop = {}, False, False, True
+
+    def restart_work(self, work: Work) -> None:
+        ask = self._for(work)
+        ask.new, ask.replace, ask.restart = {}, False, True
+
+    # -- schedules
+    def schedule(self, key: str, cron: str, tz: str, catch_up: bool) -> bool:
+        known = self.schedules.get(key) or self.known.get(key)
+        if known is None or (known.cron, known.tz) != (cron, tz):
+            self.schedules[key] = Schedule(cron=cron, tz=tz, catch_up=catch_up, due=next_tick(cron, tz, self.now))
+            return False
+        if known.due > self.now or key in self.schedules:
+            return False
+        due = next_tick(cron, tz, known.due)
+        if not catch_up:
+            while due <= self.now:
+                due = next_tick(cron, tz, max(due, self.now - 1e-6) if cron.startswith("@every") else self.now)
+        self.schedules[key] = Schedule(cron=cron, tz=tz, catch_up=catch_up, due=due)
+        return True
+
+
+class Program:
+    """The tree of the user's objects."""
+
+    def __init__(self, root: Flow | Work, *, log_tail: Callable[[str], list[str]] | None = None) -> None:
+        if not isinstance(root, Flow | Work):
+            raise UsageError(f"App({root!r}): a Flow or a Work is needed")
+        self.root = root
+        self.log_tail = log_tail or (lambda name: [])
+        self.current: Pass | None = None
+        self.stray: list[Op] = []
+        """Changes made outside a pass (by a test): the engine takes them as a diff."""
+        self.schedules: dict[str, Schedule] = {}
+        self.drive_index: Callable[[str], Any] | None = None
+        """Drive id -> what the server knows of its files; None: Drives in the flow do their own I/O."""
+        self.layout: list[dict[str, Any]] = []
+        self.frontends: dict[str, dict[str, Any]] = {}
+        root._program = self
+
+    # -- the tree
+    def node(self) -> dict[str, Any]:
+        """The state tree, without statuses and without `app`."""
+        if isinstance(self.root, Flow):
+            return self.root._node()
+        return {"vars": {}, "flows": {}, "works": {"root": self.root._node()}, "structures": {}}
+
+    def components(self) -> list[Component]:
+        return [self.root, *self.root._walk()]
+
+    def works(self) -> list[Work]:
+        return [component for component in self.components() if isinstance(component, Work)]
+
+    def specs(self) -> list[WorkSpec]:
+        return [work._spec() for work in self.works()]
+
+    def find(self, name: str) -> Component:
+        """The component called `root.ui.trainer`."""
+        return find_component(self.root, name)
+
+    def _at(self, tokens: tuple[str, ...]) -> Component:
+        """The component whose pointer has these tokens."""
+        component: Any = self.root
+        if isinstance(component, Work):
+            return component
+        i = 0
+        while i < len(tokens):
+            if tokens[i] == "structures":
+                component = component._children[tokens[i + 1]]._items[tokens[i + 3]]
+                i += 4
+            else:
+                component = component._children[tokens[i + 1]]
+                i += 2
+        return component  # type: ignore[no-any-return]
+
+    # -- what components report
+    def record(self, op: Op) -> None:
+        (self.current.ops if self.current is not None else self.stray).append(op)
+
+    def _mine(self) -> Pass:
+        if self.current is None:
+            raise StateTypeError("components can be added and removed in a Flow's __init__ and run() only")
+        return self.current
+
+    def component_added(self, child: Component, container: Structure | None, position: int | None) -> None:
+        here = self._mine()
+        here.ops.append({"op": "add", "path": child._pointer, "value": child._node()})
+        if container is not None:
+            at = "-" if position is None or position >= len(container) - 1 else str(position)
+            here.ops.append({"op": "add", "path": f"{container._pointer}/order/{at}", "value": child._attribute})
+        self._created(here, child)
+
+    def structure_added(self, structure: Structure) -> None:
+        here = self._mine()
+        here.ops.append({"op": "add", "path": structure._pointer, "value": structure._node()})
+        here.records[f"{structure._owner.name}.{structure._attribute}"] = {  # type: ignore[union-attr]
+            "kind": type(structure).__name__,
+            "parent": structure._owner.name,  # type: ignore[union-attr]
+            "attribute": structure._attribute,
+        }
+        for member in structure._members():
+            self._created(here, member)
+
+    def _created(self, here: Pass, child: Component) -> None:
+        assert child._parent is not None
+        here.records[child.name] = {
+            "kind": "component",
+            "parent": child._parent.name,
+            "attribute": child._attribute,
+            "container": child._container._attribute if child._container is not None else None,
+            "record": msgspec.to_builtins(child._record),
+        }
+        for component in [child, *child._walk()]:
+            if isinstance(component, Work):
+                here.created[short_name(component.name)] = component
+
+    def component_removed(self, child: Component, container: Structure) -> None:
+        here = self._mine()
+        here.ops.append({"op": "remove", "path": child._pointer})
+        here.ops.append({"op": "replace", "path": f"{container._pointer}/order", "value": list(container._items)})
+        here.records[child.name] = None
+        for component in [child, *child._walk()]:
+            if isinstance(component, Work):
+                name = short_name(component.name)
+                here.asks.pop(name, None)
+                if here.created.pop(name, None) is None:
+                    here.removed.append(name)
+
+    # -- restoring
+    def restore(self, tree: dict[str, Any], records: Mapping[str, Any]) -> list[str]:
+        """Take kept state over: components made in passes are made again, state fills the attributes that still exist.
+
+        Returns one line for each difference between the kept state and what app.py declares now.
+        """
+        lines: list[str] = []
+        self.root._program = None  # quiet: these are no changes of a pass
+        try:
+            for name in sorted(records, key=lambda n: (n.count("."), _natural(n))):
+                self._rebuild(name, records[name], lines)
+        finally:
+            self.root._program = self
+        for component in self.components():
+            try:
+                node = _follow(tree, component._pointer)
+            except (KeyError, IndexError, TypeError):
+                lines.append(f"{short_name(component.name)}: new, starts with its defaults")
+                continue
+            kept = node.get("vars", {})
+            here = set(component._vars.names())
+            for attribute in sorted(here - set(kept)):
+                lines.append(f"{short_name(component.name)}.{attribute}: new, starts with its default")
+            for attribute in sorted(set(kept) - here):
+                lines.append(f"{short_name(component.name)}.{attribute}: no longer declared, its kept value is dropped")
+            component._vars.load({**component._vars.snapshot(), **{k: v for k, v in kept.items() if k in here}})
+        self._reorder(tree)
+        return lines
+
+    def _rebuild(self, name: str, record: Any, lines: list[str]) -> None:
+        try:
+            parent = self.find(record["parent"])
+            if not isinstance(parent, Flow):
+                raise AttributeError(f"{record['parent']} is no Flow")
+            parent._declaring = True
+            try:
+                if record["kind"] == "component":
+                    self._rebuild_component(parent, record)
+                elif record["attribute"] not in parent._children:
+                    from orch import structures
+
+                    setattr(parent, record["attribute"], getattr(structures, record["kind"])())
+            finally:
+                parent._declaring = False
+        except (AttributeError, ValueError, StateTypeError, TypeError) as error:
+            lines.append(f"{short_name(name)}: cannot be made again: {error}")
+
+    def _rebuild_component(self, parent: Flow, record: Any) -> None:
+        container = record.get("container")
+        if container is None:
+            if record["attribute"] not in parent._children:
+                setattr(parent, record["attribute"], build(msgspec.convert(record["record"], ComponentRecord)))
+            return
+        structure = parent._children[container]
+        assert isinstance(structure, Structure)
+        key = record["attribute"]
+        if key not in structure._items:
+            structure._insert(key, build(msgspec.convert(record["record"], ComponentRecord)))
+        if isinstance(structure, List):
+            structure._next = max(structure._next, int(key) + 1)
+
+    def _reorder(self, tree: dict[str, Any]) -> None:
+        for component in self.components():
+            for child in component._children.values():
+                if isinstance(child, Structure):
+                    try:
+                        order = _follow(tree, child._pointer)["order"]
+                    except (KeyError, TypeError):
+                        continue
+                    known = {key: rank for rank, key in enumerate(order)}
+                    gone = [key for key in child._items if key not in known]
+                    if gone and order:
+                        continue
+                    child._items = dict(sorted(child._items.items(), key=lambda item: known.get(item[0], len(known))))
+
+    def reload(self, tree: dict[str, Any]) -> None:
+        """Undo what an abandoned transaction did to the variables: they are the tree's again."""
+        for component in self.components():
+            try:
+                node = _follow(tree, component._pointer)
+            except (KeyError, TypeError):
+                continue
+            component._vars.load(node["vars"])
+
+    # -- passes
+    def receive(self, given: PassInput) -> None:
+        """Apply what happened since the last pass."""
+        i, ops = 0, given.ops
+        while i < len(ops):
+            where = split_pointer(parse_pointer(ops[i]["path"]))
+            if where is None:
+                i += 1
+                continue
+            tokens = where[0]
+            prefix = format_pointer(tokens) + "/vars"
+            batch: list[Op] = []
+            while i < len(ops) and ops[i]["path"].startswith(prefix + "/"):
+                op = {**ops[i], "path": ops[i]["path"][len(prefix) :]}
+                if "from" in op:
+                    op["from"] = op["from"][len(prefix) :]
+                batch.append(op)
+                i += 1
+            try:
+                component = self._at(tokens)
+            except KeyError:  # removed by a pass that this diff was ordered before
+                continue
+            component._vars.apply(batch, in_place=True)
+        if given.views:
+            for work in self.works():
+                view = given.views.get(short_name(work.name))
+                if view is not None:
+                    work._view = view
+        self.schedules.update(given.schedules)
+
+    def run_pass(self, given: PassInput) -> PassResult:
+        """Call the root's run() once. Never raises what user code raised: the result says how the pass ended."""
+        self.receive(given)
+        return self._transaction(Pass(given, self.schedules), self._run_root)
+
+    def run_method(self, given: PassInput, method: Callable[[], Any]) -> PassResult:
+        """Answer an API request between passes: its changes are one revision, every call in it is parallel."""
+        self.receive(given)
+        return self._transaction(Pass(given, self.schedules, parallel=True), method)
+
+    def _run_root(self) -> None:
+        if isinstance(self.root, Flow):
+            self.root.run()
+            return
+        assert self.current is not None
+        call = self.current.ask(self.root, (), {})
+        if call.succeeded:
+            raise PassOver("stop", f"{type(self.root).__name__} has succeeded")
+
+    def _transaction(self, here: Pass, body: Callable[[], Any]) -> PassResult:
+        began = perf_counter()
+        self.current = here
+        result = PassResult(how="end")
+        try:
+            try:
+                result.value = body()
+            except PassOver as over:
+                result.how, result.message = over.how, over.message
+            if result.how in ("end", "blocked"):
+                result.layout, result.frontends = self._layout()
+        except (Exception, SystemExit, RecursionError) as error:
+            return PassResult(
+                how="error",
+                message=_describe(error),
+                traceback="".join(traceback.format_exception(error)),
+                error=error,
+                seconds=perf_counter() - began,
+            )
+        finally:
+            self.current = None
+        if result.how in ("stop", "fail"):
+            here.asks = {}
+        result.ops = here.ops
+        result.asks = list(here.asks.values())
+        result.created = [work._spec() for work in here.created.values()]
+        result.removed = here.removed
+        result.records = here.records
+        result.schedules = here.schedules
+        self.schedules.update(here.schedules)
+        result.seconds = perf_counter() - began
+        return result
+
+    # -- layout and API
+    def _layout(self) -> tuple[list[dict[str, Any]] | None, dict[str, dict[str, Any]]]:
+        frontends: dict[str, dict[str, Any]] = {}
+        tabs = self._tabs(self.root, frontends)
+        if tabs == self.layout and frontends == self.frontends:
+            return None, {}
+        self.layout, self.frontends = tabs, frontends
+        return tabs, frontends
+
+    def _tabs(self, component: Component, frontends: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        if isinstance(component, Work):
+            return [{"name": component.display_name, "component": short_name(component.name), "kind": "work"}]
+        assert isinstance(component, Flow)
+        layout = component.configure_layout()
+        if layout is None:
+            return self._default_tabs(component, frontends)
+        if isinstance(layout, Frontend):
+            layout = [{"name": component._attribute or "app", "content": layout}]
+        elif isinstance(layout, dict):
+            layout = [layout]
+        tabs: list[dict[str, Any]] = []
+        for entry in layout:
+            if not isinstance(entry, dict) or "name" not in entry or "content" not in entry:
+                raise UsageError(
+                    f"{component.name}.configure_layout(): {entry!r} is no tab",
+                    hint='give {"name": str, "content": Flow, Work, Frontend or URL}',
+                )
+            tab = self._tab(component, str(entry["name"]), entry["content"], frontends)
+            if tab is not None:
+                tabs.append(tab)
+        return tabs
+
+    def _tab(self, owner: Flow, name: str, content: Any, frontends: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+        if isinstance(content, str):
+            return {"name": name, "component": None, "url": content, "kind": "url"}
+        if isinstance(content, Work):
+            return {"name": name, "component": short_name(content.name), "kind": "work"}
+        if isinstance(content, Flow):
+            inner = self._tabs(content, frontends)
+            if len(inner) == 1:
+                return {**inner[0], "name": name}
+            return {"name": name, "component": None, "kind": "tabs", "tabs": inner}
+        if isinstance(content, Frontend):
+            return {"name": name, "component": _frontend(owner, content, frontends), "kind": "frontend"}
+        if content is None:
+            return {"name": name, "component": None, "kind": "empty"}
+        raise UsageError(
+            f"{owner.name}.configure_layout(): tab {name!r} shows {content!r}",
+            hint="a tab's content is a Flow, a Work, a Frontend or a URL",
+        )
+
+    def _default_tabs(self, flow: Flow, frontends: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The children that have a UI: flows that return a layout, services, and whatever listens on its port."""
+        tabs: list[dict[str, Any]] = []
+        for child in flow._children.values():
+            for member in [child] if isinstance(child, Component) else list(child._members()):
+                if isinstance(member, Flow):
+                    inner = self._tabs(member, frontends)
+                    if len(inner) == 1:
+                        tabs.append({**inner[0], "name": member._attribute})
+                    elif inner:
+                        tabs.append({"name": member._attribute, "component": None, "kind": "tabs", "tabs": inner})
+                elif isinstance(member, Work) and (member._declaration()["kind"] == "service" or member.is_ready):
+                    tabs.append({"name": member.display_name, "component": short_name(member.name), "kind": "work"})
+        return tabs
+
+    def api_routes(self) -> list[tuple[Flow, Any]]:
+        """(flow, route) of every flow's configure_api. Raises UsageError for a duplicate."""
+        found: dict[tuple[str, str], str] = {}
+        routes: list[tuple[Flow, Any]] = []
+        if not isinstance(self.root, Flow):
+            return []
+        for flow in self.root._flows_first():
+            for route in flow.configure_api() or []:
+                where = (route.method, route.route)
+                if where in found:
+                    raise UsageError(f"{route.method} {route.route} is declared by {found[where]} and by {flow.name}")
+                found[where] = flow.name
+                routes.append((flow, route))
+        return routes
+
+
+def find_component(root: Component, name: str) -> Component:
+    """The component called `root.ui.trainer`. ValueError for a wrong prefix, AttributeError for an unknown child."""
+    parts = name.split(".")
+    if parts[0] != "root":
+        raise ValueError(f"{name!r} does not start with 'root'")
+    component: Component = root
+    rest = parts[1:]
+    while rest:
+        part = rest.pop(0)
+        child: Any = component._children.get(part)
+        if isinstance(child, Structure) and rest:
+            child = child._items.get(rest.pop(0))
+        if not isinstance(child, Component):
+            raise AttributeError(f"{component.name} has no child {part!r}")
+        component = child
+    return component
+
+
+def _frontend(owner: Flow, content: Frontend, frontends: dict[str, dict[str, Any]]) -> str:
+    base = short_name(owner.name)
+    name, number = base, 1
+    key = {**content.key(), "scope": "" if owner._parent is None else base}
+    while name in frontends and frontends[name] != key:
+        number += 1
+        name = f"{base}@{number}"
+    if isinstance(content, StreamlitFrontend | StaticFrontend):
+        frontends[name] = key
+    return name
+
+
+def _describe(error: BaseException) -> str:
+    where = ""
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames:
+        last = frames[-1]
+        for frame in reversed(frames):
+            if "/orch/" not in frame.filename:
+                last = frame
+                break
+        where = f" ({last.filename.rsplit('/', 1)[-1]}:{last.lineno} in {last.name})"
+    text = str(error)
+    hint = f" - {error.hint}" if isinstance(error, OrchError) and error.hint else ""
+    return f"{type(error).__name__}: {text}{where}{hint}"
+
+
+def _follow(tree: Any, pointer: str) -> Any:
+    for token in parse_pointer(pointer):
+        tree = tree[int(token)] if isinstance(tree, list) else tree[token]
+    return tree
+
+
+def _natural(name: str) -> list[tuple[int, Any]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def names(specs: Iterable[WorkSpec]) -> list[str]:
+    return [spec.name for spec in specs]

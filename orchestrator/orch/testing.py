@@ -1,0 +1,474 @@
+"""Run an app in-process: the real engine and the real passes, a fake runtime, a fake clock, no sockets, no processes.
+
+    tester = AppTester(Studio())
+    tester.fake("train").run_for = 30.0
+    tester.set("ui.train_start", True)
+    tester.until(lambda: tester.flow.train.has_succeeded)
+
+Time stands still unless nothing can happen at this moment: then it moves to the next thing that is due.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import count
+from typing import Any
+
+import msgspec
+
+from orch.calls import Call
+from orch.component import decode_argument, short_name
+from orch.engine import (
+    AgentUp,
+    ApiRequest,
+    AskCall,
+    Config,
+    Engine,
+    Event,
+    Exit,
+    Instruction,
+    LaunchAgent,
+    Note,
+    PassEnded,
+    Patch,
+    PlacedWorks,
+    PlaceWorks,
+    Pushed,
+    ReloadProgram,
+    Reply,
+    RestartWork,
+    RunMethod,
+    RunPass,
+    StartCalls,
+    StopApp,
+    StopCalls,
+    StopWork,
+    Tick,
+)
+from orch.errors import OrchError
+from orch.flow import Flow
+from orch.program import Program
+from orch.wire import (
+    AgentStatus,
+    Ended,
+    Item,
+    Op,
+    Placed,
+    Progress,
+    Published,
+    Push,
+    Ready,
+    StartCall,
+    Started,
+    VarOps,
+    WorkReport,
+)
+from orch.work import Work
+
+__all__ = ["AppTester", "FakeClock", "FakeWork"]
+
+
+class FakeClock:
+    """Seconds since the epoch, moved by hand."""
+
+    def __init__(self, now: float = 1_000_000_000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeWork:
+    """What the fake runtime does when a Work's call is started. All times in seconds.
+
+    Attributes:
+        run_for: the attempt ends by itself after so long; None: it runs until it is stopped.
+        exit_code: what it exits with (0: success). A list gives one per attempt, the last one stays.
+        result: of a successful call. exception: message of an exception instead of an exit code.
+        start_error: the attempt cannot be started, with this message.
+        start_after, ready_after: until it runs, until it answers on its port (None: never).
+        stop_after: how long a stop takes.
+    """
+
+    def __init__(self, name: str, *, service: bool) -> None:
+        self.name = name
+        self.run_for: float | None = None if service else 1.0
+        self.exit_code: int | list[int] = 0
+        self.result: Any = None
+        self.exception = ""
+        self.start_error = ""
+        self.start_after = 0.0
+        self.ready_after: float | None = 0.0 if service else None
+        self.stop_after = 0.0
+        self.starts: list[StartCall] = []
+        self.current: StartCall | None = None
+        self.port = 0
+
+    def code(self) -> int:
+        if isinstance(self.exit_code, int):
+            return self.exit_code
+        return self.exit_code[min(len(self.starts), len(self.exit_code)) - 1]
+
+
+class AppTester:
+    """Runs `flow` with everything around it faked but the engine.
+
+    Args:
+        flow: the root Flow (or a Work).
+        works: how the fakes behave, by short name: {"train": {"run_for": 5.0, "exit_code": 1}}.
+        now: where the fake clock starts.
+    """
+
+    def __init__(
+        self, flow: Flow | Work, *, works: dict[str, dict[str, Any]] | None = None, now: float = 1_000_000_000.0
+    ) -> None:
+        self.clock = FakeClock(now)
+        self.flow: Any = flow
+        self.fakes: dict[str, FakeWork] = {}
+        self.notes: list[str] = []
+        self.exit_code: int | None = None
+        self.message = ""
+        self.passes = 0
+        self.revisions: list[Any] = []
+        self.facts: dict[str, dict[str, Any]] = {}
+        self._wanted = works or {}
+        self._class = type(flow)
+        self._record = flow._record
+        self._tickets = count(1)
+        self._answers: dict[int, Reply] = {}
+        self._queue: deque[Callable[[], None]] = deque()
+        self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self._seq = 0
+        self._epoch = 1
+        self._start(flow)
+
+    def _start(self, flow: Flow | Work, tree: dict[str, Any] | None = None, rev: int = 0) -> None:
+        self.program = Program(flow, log_tail=lambda name: [])
+        config = Config(app="test", run=1, base_url="http://testserver")
+        self.engine = Engine(config, tree or self.program.node(), self.program.specs(), rev=rev)
+        if tree is not None:
+            self.engine.restore(self.facts, clean=False)
+        self._carry_out(self.engine.start(self.clock.now))
+
+    # -- what tests say
+    def fake(self, name: str) -> FakeWork:
+        """The fake behind a Work, to be told how to behave."""
+        name = short_name(name)
+        if name not in self.fakes:
+            try:
+                spec = self.engine.find(name).spec
+                service = spec.kind == "service"
+            except OrchError:
+                service = False
+            fake = self.fakes[name] = FakeWork(name, service=service)
+            for key, value in self._wanted.get(name, {}).items():
+                if not hasattr(fake, key):
+                    raise AttributeError(f"FakeWork has no setting {key!r}")
+                setattr(fake, key, value)
+        return self.fakes[name]
+
+    @property
+    def now(self) -> float:
+        return self.clock.now
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The state tree."""
+        return self.engine.tree.root
+
+    @property
+    def rev(self) -> int:
+        return self.engine.tree.rev
+
+    @property
+    def stage(self) -> str:
+        return self.engine.stage
+
+    @property
+    def layout(self) -> list[dict[str, Any]]:
+        return self.engine.layout
+
+    def calls(self, name: str) -> list[Call]:
+        """Every call of a Work in this run, oldest first."""
+        return list(self.engine.find(name).book.calls.values())
+
+    def patch(self, ops: list[Op], *, cause: str = "api") -> int:
+        """A diff from outside, as REST would bring it. Returns the revision; raises what REST would answer."""
+        return int(self._ask(lambda ticket: Patch(ticket=ticket, ops=ops, cause=cause)))
+
+    def set(self, where: str, value: Any) -> int:
+        """Assign a variable: a pointer, or a dotted name like `ui.train_start`."""
+        return self.patch([{"op": "replace", "path": self.pointer(where), "value": value}], cause="ui")
+
+    def pointer(self, where: str) -> str:
+        if where.startswith("/"):
+            return where
+        *path, attribute = where.split(".")
+        component = self.program.find(".".join(["root", *[p for p in path if p != "root"]]))
+        return f"{component._pointer}/vars/{attribute}"
+
+    def run_work(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        answer = self._ask(lambda t: AskCall(ticket=t, work=name, args=list(args), kwargs=kwargs))
+        return dict(answer)
+
+    def stop_work(self, name: str) -> None:
+        self._ask(lambda ticket: StopWork(ticket=ticket, work=name))
+
+    def restart_work(self, name: str) -> None:
+        self._ask(lambda ticket: RestartWork(ticket=ticket, work=name))
+
+    def stop(self) -> None:
+        self._ask(lambda ticket: StopApp(ticket=ticket))
+
+    def call_method(self, method: Callable[[], Any]) -> Any:
+        """What a request to a `configure_api` route does."""
+        return self._ask(lambda ticket: ApiRequest(ticket=ticket, method=method))[0]
+
+    def work_sets(self, name: str, ops: list[Op]) -> None:
+        """The running work's own writes (pointers relative to its vars)."""
+        self._report(VarOps(work=name, ops=ops))
+
+    def report(self, name: str, *, progress: float | None = None, metrics: dict[str, Any] | None = None) -> None:
+        fake = self.fake(name)
+        assert fake.current is not None, f"{name} is not running"
+        self._report(Progress(work=name, call=fake.current.call, progress=progress, metrics=metrics or {}))
+
+    def publish(self, name: str, manifest: dict[str, Any]) -> None:
+        self._report(Published(work=name, drive="app", manifest=manifest))
+
+    def kill(self, work: str | Work) -> None:
+        """The Work's process gets SIGKILL from somebody."""
+        fake = self.fake(work if isinstance(work, str) else short_name(work.name))
+        if fake.current is None:
+            raise AssertionError(f"{fake.name} is not running")
+        self._finish(fake, fake.current, reason="signal", signal="SIGKILL", message="killed by SIGKILL")
+
+    def restart_server(self) -> None:
+        """kill -9 of the flow server, and a new one: only what was journalled survives; the agent lives on."""
+        self._queue.clear()
+        tree = msgspec.json.decode(msgspec.json.encode(self.engine.tree.root))
+        flow = self._class(*decode_argument(self._record.args), **decode_argument(self._record.kwargs))
+        self.flow = flow
+        records = {name: record for name, record in self.facts.get("component", {}).items() if record is not None}
+        program = Program(flow)
+        self.notes += program.restore(tree, records)
+        node = program.node()
+        self._start(flow, _with_statuses(node, tree), self.engine.tree.rev)
+
+    # -- time
+    def step(self) -> bool:
+        """Let the next thing happen: one pass, one report, or, if nothing can, time moves on. False: nothing will ever."""
+        self._take_stray()
+        if self._queue:
+            self._queue.popleft()()
+            self._settle()
+            return True
+        due = self._due[0][0] if self._due else None
+        timer = self.engine.next_due()
+        moments = [moment for moment in (due, timer) if moment is not None]
+        if not moments:
+            self._settle()
+            return bool(self._queue)
+        self.clock.now = max(self.clock.now, min(moments))
+        while self._due and self._due[0][0] <= self.clock.now:
+            self._queue.append(heapq.heappop(self._due)[2])
+        if timer is not None and timer <= self.clock.now:
+            self._event(Tick())
+        self._settle()
+        return True
+
+    def until(self, predicate: Callable[..., Any], *, timeout: float = 3_600.0) -> None:
+        """Step until `predicate()` (or `predicate(tester)`) holds. AssertionError after `timeout` seconds of fake time."""
+        takes = len(inspect.signature(predicate).parameters)
+        end = self.clock.now + timeout
+        steps = 0
+        while not (predicate(self) if takes else predicate()):
+            steps += 1
+            if not self.step() or self.clock.now > end or steps > 100_000:
+                raise AssertionError(f"it did not come true within {timeout:g} s; the state is {self.state!r}")
+
+    def settle(self) -> None:
+        """Let everything happen that can happen at this moment."""
+        for _ in range(100_000):
+            self._take_stray()
+            timer = self.engine.next_due()
+            if not self._queue and not (self._due and self._due[0][0] <= self.now) and (not timer or timer > self.now):
+                return
+            self.step()
+        raise AssertionError("it never comes to rest")
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` of time pass, with everything that is due in them."""
+        end = self.clock.now + seconds
+        self.settle()
+        while True:
+            moments = [m for m in (self._due[0][0] if self._due else None, self.engine.next_due()) if m is not None]
+            if not moments or min(moments) > end:
+                break
+            self.step()
+            self.settle()
+        self.clock.now = end
+
+    # -- the wheels
+    def _ask(self, make: Callable[[int], Event]) -> Any:
+        ticket = next(self._tickets)
+        self._event(make(ticket))
+        self._settle()
+        for _ in range(100_000):
+            if ticket in self._answers:
+                break
+            self.step()
+        answer = self._answers.pop(ticket)
+        if answer.error is not None:
+            raise answer.error
+        return answer.value
+
+    def _take_stray(self) -> None:
+        if self.program.stray:
+            ops, self.program.stray = self.program.stray, []
+            self._event(Patch(ops=ops, cause="api"))
+
+    def _event(self, event: Event) -> None:
+        self._carry_out(self.engine.handle(event, self.clock.now))
+
+    def _settle(self) -> None:
+        if not self._queue:
+            self._carry_out(self.engine.settle(self.clock.now))
+
+    def _commit(self) -> None:
+        batch = self.engine.take_batch()
+        if batch is None:
+            return
+        self.revisions += batch.revisions
+        for kind, key, value in batch.facts:
+            self.facts.setdefault(kind, {})[key] = msgspec.json.decode(msgspec.json.encode(value))
+
+    def _carry_out(self, instructions: Iterable[Instruction]) -> None:
+        self._commit()
+        for instruction in instructions:
+            self._do(instruction)
+
+    def _do(self, instruction: Instruction) -> None:
+        match instruction:
+            case RunPass(given=given):
+                self.passes += 1
+                self._queue.append(lambda: self._event(PassEnded(result=self.program.run_pass(given))))
+            case RunMethod(given=given, method=method):
+                self._queue.append(lambda: self._event(PassEnded(result=self.program.run_method(given, method))))
+            case Reply(ticket=ticket):
+                self._answers[ticket] = instruction
+            case LaunchAgent(agent=agent):
+                self._queue.append(lambda: self._event(self._agent_up(agent)))
+            case PlaceWorks(agent=agent, works=works):
+                placed = [self._place(place.work, place.port) for place in works]
+                self._queue.append(lambda: self._event(PlacedWorks(agent=agent, placed=placed)))
+            case StartCalls(calls=calls):
+                for call in calls:
+                    self._launch(call)
+            case StopCalls(calls=calls):
+                for stop in calls:
+                    fake = self.fake(stop.work)
+                    if fake.current is not None:
+                        current = fake.current
+                        reason = stop.reason
+                        after = min(fake.stop_after, stop.grace)
+                        self._later(after, lambda f=fake, c=current, r=reason: self._finish(f, c, reason=r))
+            case Note(text=text):
+                self.notes.append(text)
+            case Exit(code=code, message=message):
+                self.exit_code, self.message = code, message
+            case ReloadProgram():
+                self.program.reload(self.engine.tree.root)
+
+    def _agent_up(self, agent: str) -> AgentUp:
+        works = [
+            WorkReport(
+                work=fake.name,
+                host="127.0.0.1",
+                port=fake.port,
+                call=fake.current.call if fake.current else None,
+                attempt=fake.current.attempt if fake.current else 0,
+                stage="running" if fake.current else "not_started",
+            )
+            for fake in self.fakes.values()
+            if fake.port
+        ]
+        status = AgentStatus(agent=agent, epoch=self._epoch, pid=0, seq=self._seq, works=works)
+        return AgentUp(agent=agent, epoch=self._epoch, status=status)
+
+    def _place(self, name: str, port: int | None) -> Placed:
+        fake = self.fake(name)
+        fake.port = port or fake.port or 20_000 + len(self.fakes)
+        return Placed(work=name, host="127.0.0.1", port=fake.port)
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._due, (self.clock.now + seconds, next(self._order), what))
+
+    def _report(self, *items: Item) -> None:
+        first = self._seq + 1
+        self._seq += len(items)
+        self._event(Pushed(push=Push(agent="local", epoch=self._epoch, seq=first, items=list(items))))
+        self._settle()
+
+    def _launch(self, call: StartCall) -> None:
+        fake = self.fake(call.work)
+        if fake.current is not None and (fake.current.call, fake.current.attempt) == (call.call, call.attempt):
+            return
+        fake.starts.append(call)
+        fake.current = call
+        if fake.start_error:
+            self._later(0.0, lambda: self._finish(fake, call, reason="exception", message=fake.start_error))
+            return
+        self._later(fake.start_after, lambda: self._begin(fake, call))
+
+    def _begin(self, fake: FakeWork, call: StartCall) -> None:
+        if fake.current is not call:
+            return
+        self._report(Started(work=fake.name, call=call.call, attempt=call.attempt, pid=1, at=self.now))
+        if fake.ready_after is not None:
+            self._later(fake.ready_after, lambda: self._answering(fake, call))
+        if call.timeout is not None and (fake.run_for is None or call.timeout < fake.run_for):
+            message = f"timeout after {call.timeout:g} s"
+            self._later(call.timeout, lambda: self._finish(fake, call, reason="timeout", message=message))
+        elif fake.run_for is not None:
+            self._later(fake.run_for, lambda: self._exit(fake, call))
+
+    def _answering(self, fake: FakeWork, call: StartCall) -> None:
+        if fake.current is call:
+            self._report(Ready(work=fake.name, call=call.call, attempt=call.attempt, at=self.now))
+
+    def _exit(self, fake: FakeWork, call: StartCall) -> None:
+        if fake.exception:
+            self._finish(fake, call, reason="exception", message=fake.exception, exit_code=1)
+            return
+        code = fake.code()
+        reason = None if code == 0 else "exit_code"
+        message = "" if code == 0 else f"exit code {code}"
+        result = fake.result if code == 0 else None
+        self._finish(fake, call, reason=reason, message=message, exit_code=code, result=result)
+
+    def _finish(self, fake: FakeWork, call: StartCall, **how: Any) -> None:
+        if fake.current is not call:
+            return
+        fake.current = None
+        self._report(Ended(work=fake.name, call=call.call, attempt=call.attempt, at=self.now, **how))
+
+
+def _with_statuses(node: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """The new program's tree, with the works' calls as they were shown."""
+    for group in ("flows", "works"):
+        for name, child in node.get(group, {}).items():
+            old = kept.get(group, {}).get(name)
+            if old is not None:
+                node[group][name] = _with_statuses(child, old)
+    for name, structure in node.get("structures", {}).items():
+        old = kept.get("structures", {}).get(name)
+        if old is not None:
+            node["structures"][name] = _with_statuses(structure, old)
+    if "calls" in node and "calls" in kept:
+        node["calls"] = kept["calls"]
+    return node
