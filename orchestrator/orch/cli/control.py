@@ -1,0 +1,188 @@
+"""`orch stop`, `restart`, `open`, `dashboard`, `down`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from orch.cli.console import wants_browser
+from orch.cli.output import note
+from orch.cli.state import pointer_of
+from orch.cli.target import Target, app_argument, find_folder, find_target
+from orch.errors import OrchError, UsageError
+from orch.processes import find, wait_gone
+
+if TYPE_CHECKING:
+    from orch.client import Client
+
+__all__ = [
+    "dashboard",
+    "dashboard_arguments",
+    "down",
+    "down_arguments",
+    "open",
+    "open_arguments",
+    "restart",
+    "restart_arguments",
+    "stop",
+    "stop_arguments",
+]
+
+
+def stop_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("work", nargs="?", metavar="WORK", help="one work (default: the app)")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait (default: 120)")
+    app_argument(parser)
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Waits until the app has ended, or until the work has stopped."""
+    target = find_target(args.app)
+    if args.work is not None:
+        with target.client() as client:
+            client.stop(args.work)
+            stage = _wait_ended(client, args.work, args.timeout)
+        sys.stdout.write(f"{args.work}: {stage}\n")
+        return 0
+    pid = target.folder.server_pid() if target.folder is not None else None
+    server = find(pid)
+    with target.client() as client:
+        name = client.app()["name"]
+        client.stop_app("orch stop")
+    if server is not None:
+        gone = not wait_gone([server], args.timeout)
+    else:
+        gone = _wait_unreachable(target, args.timeout)
+    if not gone:
+        raise OrchError(f"{name} is still stopping after {args.timeout:.0f} s", hint="`orch down` ends it by force")
+    sys.stdout.write(f"{name}: stopped\n")
+    return 0
+
+
+def _wait_unreachable(target: Target, timeout: float) -> bool:
+    """For a server on another machine, whose process cannot be looked at."""
+    deadline = time.monotonic() + timeout
+    with target.client() as client:
+        while client.healthy():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+    return True
+
+
+def _wait_ended(client: Client, work: str, timeout: float) -> str:
+    """The stage in which the work ended. Raises OrchError if it has not by then."""
+    pointer = pointer_of(work, client.get_state()) + "/status"
+    deadline = time.monotonic() + timeout
+    status = client.read(pointer)
+    while status.value["stage"] in ("pending", "running", "unknown"):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise OrchError(
+                f"{work} is still {status.value['stage']} after {timeout:.0f} s",
+                hint=f"`orch logs {work}` may tell why",
+            )
+        status = client.read(pointer, after=status.rev, wait=min(left, 10.0))
+    return str(status.value["stage"])
+
+
+def restart_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("work", metavar="WORK")
+    app_argument(parser)
+
+
+def restart(args: argparse.Namespace) -> int:
+    """Stop, then the latest call again."""
+    with find_target(args.app).client() as client:
+        client.restart(args.work)
+    sys.stdout.write(f"{args.work}: restarting\n")
+    return 0
+
+
+def open_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--print", action="store_true", dest="only_print", help="print the address, open nothing")
+    app_argument(parser)
+
+
+def open(args: argparse.Namespace) -> int:
+    """Prints the address with its token (on stdout, for pipes), and opens it where there is a screen."""
+    target = find_target(args.app)
+    if target.url is None:
+        raise target.not_running()
+    url = f"{target.url}/?token={target.token}"
+    sys.stdout.write(url + "\n")
+    if wants_browser(False if args.only_print else None):
+        import webbrowser
+
+        webbrowser.open(url)
+    return 0
+
+
+def dashboard_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, metavar="PORT", help="port of the dashboard (default: Streamlit's choice)")
+    parser.add_argument("--no-open", action="store_true", help="do not open a browser")
+    app_argument(parser)
+
+
+def dashboard(args: argparse.Namespace) -> int:
+    """Blocks until Ctrl-C."""
+    if importlib.util.find_spec("streamlit") is None:
+        raise UsageError(
+            "dashboard: streamlit is not installed", hint="it comes with the extra [ui]: pip install 'orch[ui]'"
+        )
+    target = find_target(args.app)
+    if target.url is None or target.token is None:
+        raise target.not_running()
+    spec = importlib.util.find_spec("orch_ui.dashboard.main")
+    if spec is None or spec.origin is None:
+        raise UsageError("dashboard: this installation has no dashboard", hint="pip install 'orch[ui]'")
+    command = [sys.executable, "-P", "-m", "streamlit", "run", spec.origin, "--server.address=127.0.0.1"]
+    command += ["--browser.gatherUsageStats=false", f"--server.headless={str(not _opens(args)).lower()}"]
+    if args.port is not None:
+        command.append(f"--server.port={args.port}")
+    env = {**os.environ, "ORCH_URL": target.url, "ORCH_TOKEN": target.token}
+    note("dashboard; Ctrl-C ends it")
+    child = subprocess.Popen(command, env=env)
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        # It has had the same Ctrl-C.
+        child.wait()
+        return 130
+
+
+def _opens(args: argparse.Namespace) -> bool:
+    return wants_browser(False if args.no_open else None)
+
+
+def down_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds to end in peace (default: 60)"
+    )
+    app_argument(parser)
+
+
+def down(args: argparse.Namespace) -> int:
+    """One line for each thing that was ended; at the end nothing of the app is left on this machine."""
+    if args.app is not None and args.app.startswith(("http://", "https://")):
+        folder = find_target(args.app).folder
+        if folder is None:
+            raise UsageError(
+                f"down: {args.app} is not an app of this machine", hint="run `orch down` where it was started"
+            )
+    else:
+        folder = find_folder(args.app)
+    from orch.cli.down import take_down
+
+    take_down(folder, lambda line: note_line(line), timeout=args.timeout)
+    return 0
+
+
+def note_line(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

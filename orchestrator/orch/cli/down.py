@@ -1,0 +1,161 @@
+"""What `orch down` does: end everything that an app has left on this machine, and check that nothing remains.
+
+The server first (it stops its works gracefully), then agents that outlived a server, then scripts that outlived
+their agent.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from orch.errors import OrchError
+from orch.paths import AppFolder, FolderLock
+from orch.processes import Proc, boot_id, descendants, find, group_members, send, wait_gone
+
+__all__ = ["take_down"]
+
+KILL_WAIT = 5.0
+"""Seconds until a killed process must be gone."""
+ROUNDS = 3
+"""A script may start a process while it is being ended: look again, that many times at most."""
+
+
+def take_down(folder: AppFolder, say: Callable[[str], None], *, timeout: float = 60.0, grace: float = 10.0) -> None:
+    """Blocks until all is gone; `say` gets one line for each thing that was ended.
+
+    timeout: seconds for the server, and for each agent, to end by itself. grace: seconds between TERM and KILL for
+    scripts that nobody watches any more. Raises OrchError naming what could not be ended.
+    """
+    if not folder.exists:
+        say(f"nothing to end: no app has been run in {folder.root}")
+        return
+    ended = _end_server(folder, say, timeout)
+    with _hold(folder):
+        for path, record in folder.agent_records():
+            ended += _end_agent(path.stem, record, say, timeout)
+        for _ in range(ROUNDS):
+            for path, record in folder.run_records():
+                ended += _end_script(path.name.removesuffix(".run.json"), record, say, grace)
+            left = _left(folder)
+            if not left:
+                break
+    if left:
+        raise OrchError(f"could not be ended: {', '.join(left)}", hint="look at them with `ps`")
+    say("nothing was running" if not ended else "all ended")
+
+
+def _left(folder: AppFolder) -> list[str]:
+    return [
+        *(f"agent {path.stem}" for path, record in folder.agent_records() if _agent(record)),
+        *(f"script {path.name.removesuffix('.run.json')}" for path, record in folder.run_records() if _script(record)),
+    ]
+
+
+def _hold(folder: AppFolder) -> FolderLock:
+    """Nobody may start a server here meanwhile."""
+    return folder.lock(timeout=KILL_WAIT)
+
+
+def _end_server(folder: AppFolder, say: Callable[[str], None], timeout: float) -> int:
+    pid = folder.server_pid()
+    server = find(pid)
+    if server is None or not folder.serving():
+        return 0
+    name = f"server (pid {pid})"
+    send(server, signal.SIGTERM)
+    if wait_gone([server], timeout):
+        send(server, signal.SIGKILL)
+        if wait_gone([server], KILL_WAIT):
+            raise OrchError(f"the {name} could not be ended", hint="is it stopped, or in uninterruptible sleep?")
+        say(f"{name}: killed, it had not ended within {timeout:.0f} s")
+    else:
+        say(f"{name}: stopped")
+    return 1
+
+
+def _agent(record: dict[str, Any]) -> Proc | None:
+    return find(record.get("pid"), record.get("pid_start"), record.get("boot_id"))
+
+
+def _end_agent(name: str, record: dict[str, Any], say: Callable[[str], None], timeout: float) -> int:
+    agent = _agent(record)
+    if agent is None:
+        return 0
+    line = f"{name} (pid {agent.pid})"
+    problem = _ask_to_shut_down(record, timeout)
+    if not problem:
+        if not wait_gone([agent], timeout):
+            say(f"{line}: shut down")
+            return 1
+        problem = f"did not end within {timeout:.0f} s"
+    send(agent, signal.SIGKILL)
+    wait_gone([agent], KILL_WAIT)
+    say(f"{line}: killed ({problem})")
+    return 1
+
+
+def _ask_to_shut_down(record: dict[str, Any], timeout: float) -> str:
+    """Why it would not; empty if it does."""
+    url = record.get("url") or f"http://127.0.0.1:{record.get('port')}"
+    request = urllib.request.Request(
+        f"{url}/v1/shutdown",
+        data=json.dumps({"kill": False}).encode(),
+        headers={"Authorization": f"Bearer {record.get('token')}", "Content-Type": "application/json"},
+        method="POST",
+    )
+    # No proxy of the environment: an agent is asked directly.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout):
+            return ""
+    except urllib.error.HTTPError as error:
+        return f"it answered {error.code}"
+    except OSError as error:
+        return f"it does not answer: {getattr(error, 'reason', error)}"
+
+
+def _script(record: dict[str, Any]) -> list[Proc]:
+    """What lives of a waiter and its script, the script's descendants included, waiter last."""
+    boot = record.get("boot_id")
+    script = find(record.get("pid"), record.get("pid_start"), boot)
+    waiter = find(record.get("waiter_pid"), record.get("waiter_start"), boot)
+    found = [] if script is None else [script, *descendants(script)]
+    if waiter is not None:
+        found += [proc for proc in descendants(waiter) if proc not in found]
+        found.append(waiter)
+    if not boot or boot == boot_id():
+        found = [*(proc for proc in group_members(record.get("pgid"), "ORCH_CALL") if proc not in found), *found]
+    return found
+
+
+def _end_script(name: str, record: dict[str, Any], say: Callable[[str], None], grace: float) -> int:
+    procs = _script(record)
+    if not procs:
+        return 0
+    waiter = find(record.get("waiter_pid"), record.get("waiter_start"), record.get("boot_id"))
+    scripts = [proc for proc in procs if proc != waiter]
+    for proc in scripts:
+        send(proc, signal.SIGTERM)
+    left = wait_gone(scripts, grace)
+    how = "stopped"
+    if left:
+        how = f"killed, it had not ended within {grace:.0f} s"
+        # Children appear while their parents are being killed: look again until none is left.
+        deadline = time.monotonic() + KILL_WAIT
+        while left and time.monotonic() < deadline:
+            for proc in left:
+                send(proc, signal.SIGKILL)
+            wait_gone(left, KILL_WAIT)
+            left = [proc for proc in _script(record) if proc != waiter]
+    if waiter is not None and wait_gone([waiter], KILL_WAIT):
+        # It writes the exit record and ends by itself; one that does not is of no use any more.
+        send(waiter, signal.SIGKILL)
+        wait_gone([waiter], KILL_WAIT)
+    say(f"script {name} (pid {record.get('pid')}): {how}")
+    return 1

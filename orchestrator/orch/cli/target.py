@@ -1,0 +1,105 @@
+"""Which app a command speaks of: `--app FOLDER|URL|NAME`, by default the one in this folder."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
+
+from orch.errors import UsageError
+from orch.paths import AppFolder, known_apps
+
+if TYPE_CHECKING:
+    from orch.client import Client
+
+__all__ = ["Target", "app_argument", "find_folder", "find_target", "read_arguments"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """An app: its server if one lives, its folder if it is on this machine; at least one of them."""
+
+    folder: AppFolder | None
+    url: str | None
+    token: str | None
+
+    def client(self) -> Client:
+        """For the living server. Raises UsageError if there is none."""
+        if self.url is None or self.token is None:
+            raise self.not_running()
+        from orch.client import Client
+
+        return Client(self.url, self.token)
+
+    def not_running(self) -> UsageError:
+        assert self.folder is not None
+        if not self.folder.exists:
+            return UsageError(
+                f"no app has been run in {self.folder.root}", hint="go to its folder, or say --app FOLDER|URL|NAME"
+            )
+        return UsageError(f"the app in {self.folder.root} is not running", hint="`orch run` starts it")
+
+
+def app_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--app", metavar="FOLDER|URL|NAME", help="which app (default: the one in this folder)")
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all verbs that read have in common."""
+    app_argument(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def find_target(app: str | None) -> Target:
+    """The app that was named. Raises UsageError naming what was looked for and where."""
+    if app is not None and app.startswith(("http://", "https://")):
+        return _at_url(app)
+    folder = find_folder(app)
+    if not folder.serving():
+        return Target(folder, None, None)
+    info = folder.read_server()
+    if info is None or info.pid != folder.server_pid():
+        raise UsageError(f"the app in {folder.root} is still starting", hint="try again in a moment")
+    return Target(folder, info.url, folder.token())
+
+
+def _at_url(text: str) -> Target:
+    parts = urlsplit(text)
+    url = f"{parts.scheme}://{parts.netloc}"
+    token = parse_qs(parts.query).get("token", [""])[0]
+    if not token:
+        for known in known_apps():
+            folder = AppFolder(known.folder)
+            if known.url == url and folder.serving():
+                return Target(folder, url, folder.token())
+        raise UsageError(f"no token for {url}", hint="give the address as `orch open` prints it, with ?token=...")
+    return Target(None, url, token)
+
+
+def find_folder(app: str | None) -> AppFolder:
+    """The folder of an app on this machine, by its path, its app file or its name. Raises UsageError."""
+    if app is None:
+        return AppFolder(Path.cwd())
+    path = Path(app).expanduser()
+    if path.is_file():
+        path = path.absolute().parent
+    if path.is_dir() and ((path / ".orch").is_dir() or "/" in app or app in (".", "..")):
+        return AppFolder(path)
+    named = [known for known in known_apps() if known.name == app]
+    running = [known for known in named if AppFolder(known.folder).serving()]
+    if len(running) > 1:
+        raise UsageError(
+            f"{len(running)} running apps are named {app!r}",
+            hint=f"--app {' or --app '.join(str(k.folder) for k in running)}",
+        )
+    if running or named:
+        return AppFolder((running or named)[0].folder)
+    if path.is_dir():
+        return AppFolder(path)
+    names = sorted({known.name for known in known_apps()})
+    raise UsageError(
+        f"--app {app!r} is no folder, no URL and no app that was run by this user",
+        hint=f"known: {', '.join(names[:8])}" if names else "no app was run by this user yet",
+    )

@@ -1,0 +1,75 @@
+"""Follow a call's log file: whole lines with their offsets, bounded work per look, `\\r` bars collapsed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["LogTail", "last_lines"]
+
+MOST = 256 * 1024
+"""Bytes read at one look. A script that writes faster is followed at its end; the file holds everything."""
+LINE = 4_000
+"""Characters shown of one line."""
+
+
+class LogTail:
+    """Where a reader of one log file is."""
+
+    def __init__(self, work: str, call: str, path: Path) -> None:
+        self.work = work
+        self.call = call
+        self.path = path
+        self.offset = 0
+        self._rest = b""
+
+    @property
+    def name(self) -> str:
+        return f"{self.work}/{self.path.name}"
+
+    def read(self, *, final: bool = False) -> list[tuple[int, list[str]]]:
+        """New whole lines as [(offset of the first, lines)]; with `final` the unfinished last line too."""
+        found: list[tuple[int, list[str]]] = []
+        try:
+            size = os.stat(self.path).st_size
+        except FileNotFoundError:
+            return found
+        if size > self.offset:
+            if size - self.offset > MOST:
+                skipped = size - self.offset - MOST
+                found.append((self.offset, [f"... {skipped} bytes not shown, they are in {self.path.name} ..."]))
+                self.offset += skipped
+                self._rest = b""
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(MOST)
+            start = self.offset - len(self._rest)
+            self.offset += len(data)
+            whole, newline, self._rest = (self._rest + data).rpartition(b"\n")
+            if newline:
+                found.append((start, [_shown(line) for line in whole.split(b"\n")]))
+            if len(self._rest) > MOST:
+                self._rest = self._rest[-LINE:]
+        if final and self._rest:
+            found.append((self.offset - len(self._rest), [_shown(self._rest)]))
+            self._rest = b""
+        return found
+
+
+def _shown(line: bytes) -> str:
+    text = line.rstrip(b"\r").rpartition(b"\r")[2][:LINE]
+    return text.decode(errors="replace")
+
+
+def last_lines(path: Path, count: int = 20) -> list[str]:
+    """The last lines of a log without its header lines; [] if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            size = file.tell()
+            file.seek(max(0, size - 64 * 1024))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    shown = [_shown(line) for line in lines]
+    return [line for line in shown if line and not line.startswith("# orch ")][-count:]

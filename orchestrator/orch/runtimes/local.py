@@ -1,0 +1,108 @@
+"""The local runtime: one agent process on this machine serves all Works. It outlives the flow server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from orch.errors import RuntimeLost
+from orch.paths import write_atomic
+from orch.runtimes.base import Handle
+from orch.wire import AgentSpec, encode
+
+__all__ = ["LocalRuntime"]
+
+START_TIMEOUT = 30.0
+LOOK_EVERY = 0.01
+
+
+class LocalRuntime:
+    """Agents are processes in a session of their own; a handle is what the agent wrote into its ready file."""
+
+    name = "local"
+
+    def __init__(self, run_dir: Path, log_dir: Path) -> None:
+        self._run = run_dir
+        self._logs = log_dir
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def ready_file(self, agent: str) -> Path:
+        return self._run / f"agent-{agent}.json"
+
+    async def launch(self, spec: AgentSpec) -> Handle:
+        spec_file = self._run / f"{spec.agent}.spec"
+        write_atomic(spec_file, encode(spec), mode=0o600)
+        ready = self.ready_file(spec.agent)
+        ready.unlink(missing_ok=True)
+        log = self._logs / f"agent-{spec.agent}.log"
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            # -P: the app's folder must not shadow the standard library of our own process.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "orch_workers", str(spec_file)],
+                cwd=spec.app_dir,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._children[process.pid] = process
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT
+        while True:
+            handle = self._read(ready)
+            if handle is not None and handle["epoch"] == spec.epoch:
+                return handle
+            if process.poll() is not None:
+                raise RuntimeLost(
+                    f"the agent exited with code {process.returncode} while starting: {_tail(log)}", hint=f"see {log}"
+                )
+            if asyncio.get_running_loop().time() > deadline:
+                process.kill()
+                raise RuntimeLost(f"the agent did not answer within {START_TIMEOUT:.0f} s", hint=f"see {log}")
+            # A file appears by rename; there is nothing portable to wait on.
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def poll(self, handle: Handle) -> str | None:
+        child = self._children.get(handle["pid"])
+        if child is not None and child.poll() is not None:
+            return f"exited with code {child.returncode}"
+        return None if await self.adopt(handle) else "its process is gone"
+
+    async def kill(self, handle: Handle) -> None:
+        if await self.adopt(handle):
+            os.kill(handle["pid"], signal.SIGKILL)
+        child = self._children.pop(handle["pid"], None)
+        if child is not None:
+            await asyncio.to_thread(child.wait)
+
+    async def adopt(self, handle: Handle) -> bool:
+        from orch.processes import find
+
+        return find(handle["pid"], handle.get("pid_start"), handle.get("boot_id")) is not None
+
+    def found(self, agent: str) -> Handle | None:
+        """The handle that an agent of an earlier server left here."""
+        return self._read(self.ready_file(agent))
+
+    def reap(self) -> None:
+        """Collect agents that have exited."""
+        for pid, child in list(self._children.items()):
+            if child.poll() is not None:
+                del self._children[pid]
+
+    @staticmethod
+    def _read(path: Path) -> Handle | None:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=dict)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"

@@ -1,0 +1,1088 @@
+"""The shell around the engine: turns I/O into events and instructions into I/O. One task owns the engine.
+
+    inbox -> engine.handle(...)  -> engine.settle()  -> journal.commit (one transaction, its own thread)
+          -> instructions: run a pass (its own thread), talk to agents (one ordered link each), answer, publish
+
+Everything acknowledged was committed before: answers, launches and event streams are instructions too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import http.client
+import inspect
+import logging
+import os
+import secrets as random_secrets
+import signal
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+
+from orch import engine as e
+from orch._version import __version__
+from orch.errors import JournalError, NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
+from orch.journal import Batch, Journal, Revision
+from orch.loader import load_app
+from orch.logtail import LogTail, last_lines
+from orch.paths import AppFolder, ServerInfo
+from orch.peer import HttpPeer
+from orch.program import Program
+from orch.runtimes.base import Handle
+from orch.runtimes.local import LocalRuntime
+from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
+from orch.wire import (
+    AgentSpec,
+    AgentStatus,
+    Attach,
+    Diff,
+    Op,
+    Place,
+    Placed,
+    Push,
+    PushReply,
+    Shutdown,
+    StartCall,
+    StartReply,
+    StopCall,
+    decode,
+    encode,
+)
+from orch.work import WorkSpec
+
+if TYPE_CHECKING:
+    from orch.cli.options import RunOptions
+
+__all__ = ["ConsoleLike", "Service", "serve"]
+
+log = logging.getLogger(__name__)
+
+POLL_EVERY = 2.0
+UNKNOWN_AFTER = 10.0
+EVENTS_KEPT = 10_000
+EVENT_RESERVE = 100_000
+SNAPSHOT_EVERY = 10.0
+LOG_EVERY = 0.2
+AGENT_STOP = 5.0
+
+
+class ConsoleLike(Protocol):
+    """What the service says to the terminal."""
+
+    def step(self, text: str) -> None: ...
+    def work(self, name: str, stage: str, detail: str = "") -> None: ...
+    def url(self, url_with_token: str) -> None: ...
+    def log(self, work: str, line: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def error(self, text: str) -> None: ...
+    def stopping(self, seconds: float) -> None: ...
+    def done(self, code: int, message: str = "") -> None: ...
+
+
+def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike) -> int:
+    """Run the app until it ends; the exit code. The folder's lock is held by the caller."""
+    if options.mode != "local":
+        raise UsageError(f"the runtime {options.mode!r} is not part of this version", hint="use --local")
+    service = Service(options, folder, console)
+    return asyncio.run(service.main())
+
+
+@dataclass
+class _Link:
+    """The ordered stream of requests to one agent: sent one after another, equal neighbours in one request."""
+
+    agent: str
+    peer: HttpPeer
+    handle: Handle | None = None
+    queue: deque[tuple[str, Any]] | None = None
+    wake: asyncio.Event | None = None
+    heard: float = 0.0
+    attached: bool = False
+
+
+class Service:
+    """One flow server. Implements `orch.server.backend.Backend`."""
+
+    def __init__(self, options: RunOptions, folder: AppFolder, console: ConsoleLike) -> None:
+        self.options = options
+        self.folder = folder
+        self.console = console
+        self.app_id = folder.app_id()
+        self.token = folder.token()
+        self.drive_url = options.drive or folder.drive.as_uri()
+        self.name = options.name or folder.root.name
+        self.run = 0
+        self._cut_off = False
+        """Resuming a run whose server died: its agents and scripts may still live."""
+        self.started = time.time()
+        self.url = ""
+        self.code = 0
+        self.interrupted = False
+        self._detaching = False
+        self._secrets = {name: value for name, value in options.secrets.items() if value}
+        self._inbox: asyncio.Queue[e.Event] = asyncio.Queue()
+        self._tickets = count(1)
+        self._futures: dict[int, asyncio.Future[Any]] = {}
+        self._links: dict[str, _Link] = {}
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._event_id = 0
+        self._event_reserved = 0
+        self._changed: asyncio.Future[None] | None = None
+        self._committing = False
+        self._settled: asyncio.Future[None] | None = None
+        self._pages: dict[str, dict[str, Any]] = {}
+        self._tails: dict[str, LogTail] = {}
+        self._counters = {"revisions_total": 0.0, "pushes_total": 0.0, "passes_total": 0.0}
+        self._journal_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-journal")
+        self._pass_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-pass")
+        self._epochs: dict[str, int] = {}
+        self._exit: asyncio.Event | None = None
+        self._exit_kill = False
+        self._last_snapshot = 0.0
+        self._routes: list[ApiRoute] = []
+        self._agent_tokens: dict[str, str] = {}
+        self._work_tokens: dict[str, str] = {}
+        self._runtime = LocalRuntime(folder.run, folder.logs)
+        self._group: asyncio.TaskGroup | None = None
+        self._late: list[str] = []
+
+    # -- the life of a server -----------------------------------------------------------------------------------------
+
+    async def main(self) -> int:
+        """Start, serve, stop. Returns the exit code."""
+        from orch.server.serve import HttpServer, bind_socket
+
+        self._exit, self._begun, self._first_pass = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self._changed = loop.create_future()
+        options = self.options
+        sock = bind_socket(options.host, options.port)
+        port = sock.getsockname()[1]
+        if options.port and port != options.port:
+            self.console.note(f"port {options.port} is taken, serving on {port}")
+        self.url = f"http://{_shown_host(options.host)}:{port}"
+        self.journal = await loop.run_in_executor(
+            self._journal_thread, functools.partial(Journal.open, self.folder.state_db, durable=options.durable)
+        )
+        server = HttpServer(allow_hosts=options.allow_hosts, load=False)
+        http_started = False
+        try:
+            previous = self._choose_run()
+            self.console.step(f"loading {options.app_file.name}")
+            agent_ready = asyncio.ensure_future(self._first_agent())
+            try:
+                app = load_app(options.app_file, list(options.argv))
+                self._begin(app, previous)
+            except BaseException:
+                agent_ready.cancel()
+                with contextlib.suppress(asyncio.CancelledError, OrchError):
+                    await agent_ready
+                await self._end_agents(kill=True)
+                self.journal.end_run(self.run, "failed") if self.run else None
+                raise
+            await server.start(self, options.host, sock)
+            http_started = True
+            self._install_signals(loop)
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                self._begun.set()
+                tasks = [
+                    group.create_task(self._loop(), name="engine"),
+                    group.create_task(self._poll_loop(), name="poll"),
+                    group.create_task(self._log_loop(), name="logs"),
+                    group.create_task(self._finish_start(server, agent_ready, app.name), name="start"),
+                ]
+                await self._exit.wait()
+                for task in tasks[1:]:
+                    task.cancel()
+                await self._end_agents(kill=self._exit_kill)
+                for link in self._links.values():
+                    link.peer.close()
+                await self._drain_logs()
+                tasks[0].cancel()
+                self._group = None
+                raise _Done
+        except* _Done:
+            pass
+        except* (OrchError, OSError) as group_error:
+            raise _first(group_error) from None
+        finally:
+            if http_started:
+                await server.stop()
+            await loop.run_in_executor(self._journal_thread, self._close_journal)
+            self._journal_thread.shutdown()
+            self._pass_thread.shutdown(wait=False)
+        code = 130 if self.interrupted and self.code == 0 else self.code
+        if not self._detaching:
+            self.console.done(code, self.engine.message)
+        return code
+
+    def _close_journal(self) -> None:
+        if not self._detaching and self.run and self._exit is not None and self._exit.is_set():
+            how = "interrupted" if self.interrupted else self.engine.stage
+            self._snapshot_batch()
+            self.journal.end_run(self.run, how)
+        self.journal.close()
+
+    def _choose_run(self) -> Any:
+        """The run to go on with, or None for a new one."""
+        runs = self.journal.runs()
+        last = runs[-1] if runs else None
+        options = self.options
+        if last is None or options.fresh:
+            if options.resume:
+                self.console.note("there is no run to resume: this is the first one")
+            if last is not None and last.how is None:
+                self.journal.end_run(last.run, "abandoned")
+            return None
+        if last.how is None:
+            self.console.note(f"run {last.run} was cut off: resuming it (--fresh starts over)")
+            self._cut_off = True
+            return last
+        if options.resume:
+            self.console.note(f"resuming run {last.run}")
+            return last
+        return None
+
+    def _begin(self, app: Any, previous: Any) -> None:
+        """Objects, tree, engine; the journal's run."""
+        options = self.options
+        self.name = options.name or app.name or self.folder.root.name
+        self.program = Program(app.root, log_tail=self._tail_of)
+        meta = {"app": self.name, "app_file": str(options.app_file), "version": __version__}
+        rev, tree, revs = 0, self.program.node(), None
+        facts: dict[str, dict[str, Any]] = {}
+        clean = True
+        if previous is None:
+            self.run = self.journal.begin_run(meta)
+        else:
+            self.run = previous.run
+            clean = previous.how is not None
+            loaded = self.journal.load(self.run)
+            if clean:
+                self.journal.resume_run(self.run)
+            facts = loaded.facts
+            records = {name: r for name, r in facts.get("component", {}).items() if r is not None}
+            for line in self.program.restore(loaded.state, records):
+                self.console.note(line)
+            tree = _merged(self.program.node(), loaded.state)
+            rev, revs = loaded.rev, msgspec.json.decode(loaded.tree.snapshot().revs)
+        for kind, value in facts.get("token", {}).items():
+            self._work_tokens[kind] = value
+        self._event_id = int(facts.get("event", {}).get("reserved", 0)) if facts else 0
+        self._event_reserved = self._event_id
+        self._bind_drive()
+        config = e.Config(
+            app=self.name,
+            run=self.run,
+            base_url=self.url,
+            work_token=self._work_token,
+            env=dict(options.env),
+            secrets=self._secrets,
+            page_secrets={"ORCH_FLOW_TOKEN": self.token},
+            redact=self._refuse_secrets if self._secrets else None,
+        )
+        self.engine = e.Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
+        if previous is not None:
+            self.engine.restore(facts, clean=clean)
+        self._routes = [self._api_route(flow, route) for flow, route in self.program.api_routes()]
+
+    def _api_route(self, flow: Any, route: Any) -> ApiRoute:
+        async def invoke(kwargs: dict[str, Any]) -> Any:
+            def method() -> Any:
+                value = route.endpoint(**kwargs)
+                return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+            value, _ = await self._ask(lambda ticket: e.ApiRequest(ticket=ticket, method=method))
+            return value
+
+        return ApiRoute(method=route.method, route=route.route, endpoint=route.endpoint, invoke=invoke)
+
+    async def _finish_start(self, server: Any, agent_ready: asyncio.Future[AgentStatus], name: str | None) -> None:
+        """The app runs already; now the HTTP routes, the agent, and the URL for the user."""
+        self.folder.write_server(
+            ServerInfo(
+                url=self.url,
+                pid=os.getpid(),
+                app_id=self.app_id,
+                name=self.name,
+                run=self.run,
+                started=self.started,
+                app_file=str(self.options.app_file),
+            )
+        )
+        await self._first_pass.wait()
+        try:
+            await agent_ready
+        except RuntimeLost as error:
+            self._put(e.AgentFailed(agent="local", message=_line(error)))
+        await server.app()
+        self.console.url(f"{self.url}/?token={self.token}")
+
+    def _install_signals(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
+        loop.add_signal_handler(signal.SIGTERM, self._on_terminate)
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
+
+    def _on_interrupt(self) -> None:
+        if not self.interrupted and self.engine.stage in ("starting", "running"):
+            self.interrupted = True
+            self.console.stopping(self._longest_grace())
+            self._put(e.StopApp(message="interrupted"))
+        else:
+            self.interrupted = True
+            self._put(e.StopApp(kill=True))
+
+    def _on_terminate(self) -> None:
+        self.console.stopping(self._longest_grace())
+        self._put(e.StopApp(message="terminated"))
+
+    def _on_hangup(self) -> None:
+        self._detaching = True
+        assert self._exit is not None
+        self._exit.set()
+
+    def _longest_grace(self) -> float:
+        return max((w.spec.grace for w in self.engine.works.values() if w.live), default=0.0)
+
+    # -- the one loop -------------------------------------------------------------------------------------------------
+
+    def _put(self, event: e.Event) -> None:
+        self._inbox.put_nowait(event)
+
+    async def _ask(self, make: Callable[[int], e.Event]) -> Any:
+        """Put an event that is answered; its answer, or its error raised."""
+        ticket = next(self._tickets)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._futures[ticket] = future
+        self._put(make(ticket))
+        try:
+            return await future
+        finally:
+            self._futures.pop(ticket, None)
+
+    async def _loop(self) -> None:
+        inbox, engine = self._inbox, self.engine
+        await self._perform(engine.start(time.time()))
+        while True:
+            due = engine.next_due()
+            events: list[e.Event] = []
+            if due is None:
+                events.append(await inbox.get())
+            else:
+                try:
+                    async with asyncio.timeout(max(0.0, due - time.time())):
+                        events.append(await inbox.get())
+                except TimeoutError:
+                    events.append(e.Tick())
+            while not inbox.empty():
+                events.append(inbox.get_nowait())
+            out: list[e.Instruction] = []
+            now = time.time()
+            for event in events:
+                out += engine.handle(event, now)
+            out += engine.settle(now)
+            await self._perform(out)
+
+    async def _perform(self, instructions: list[e.Instruction]) -> None:
+        """Commit what the instructions rest on, then carry them out."""
+        batch = self.engine.take_batch()
+        if batch is not None:
+            await self._commit(batch)
+        for instruction in instructions:
+            self._do(instruction)
+
+    async def _commit(self, batch: e.Batch) -> None:
+        revisions = [Revision(rev=r.rev, at=r.at, cause=r.cause, ops=r.ops) for r in batch.revisions]
+        self._counters["revisions_total"] += len(revisions)
+        snapshot = None
+        if self.journal.due_snapshot() or self.engine.tree.rev == len(revisions):
+            snapshot = self.engine.tree.snapshot()
+        loop = asyncio.get_running_loop()
+        self._settled = loop.create_future()
+        try:
+            await loop.run_in_executor(
+                self._journal_thread,
+                self.journal.commit,
+                self.run,
+                Batch(revisions=revisions, facts=batch.facts, snapshot=snapshot, durable=batch.durable),
+            )
+        finally:
+            settled, self._settled = self._settled, None
+            settled.set_result(None)
+
+    def _snapshot_batch(self) -> None:
+        self.journal.commit(self.run, Batch(snapshot=self.engine.tree.snapshot()))
+
+    def _do(self, instruction: e.Instruction) -> None:
+        match instruction:
+            case e.Revised():
+                self._publish(
+                    "diff",
+                    {"rev": instruction.rev, "cause": instruction.cause, "at": instruction.at, "ops": instruction.ops},
+                )
+            case e.Reply(ticket=ticket):
+                future = self._futures.get(ticket)
+                if future is not None and not future.done():
+                    if instruction.error is not None:
+                        future.set_exception(instruction.error)
+                    else:
+                        future.set_result(instruction.value)
+            case e.RunPass(given=given):
+                self._in_pass_thread(functools.partial(self.program.run_pass, given))
+            case e.RunMethod(given=given, method=method):
+                self._in_pass_thread(functools.partial(self.program.run_method, given, method))
+            case e.ReloadProgram():
+                tree = msgspec.json.decode(msgspec.json.encode(self.engine.tree.root))
+                self._pass_thread.submit(self.program.reload, tree)
+            case e.SendDiffs(agent=agent, diffs=diffs):
+                self._send(agent, "state", diffs)
+            case e.StartCalls(agent=agent, calls=calls):
+                for call in calls:
+                    self._follow(call.work, call.call)
+                self._send(agent, "start", calls)
+            case e.StopCalls(agent=agent, calls=stops):
+                self._send(agent, "stop", stops)
+            case e.PlaceWorks(agent=agent, works=works):
+                self._send(agent, "place", works)
+            case e.ForgetWorks(agent=agent, works=names):
+                self._send(agent, "forget", names)
+            case e.LaunchAgent():
+                pass  # the local agent is started with the server
+            case e.Shown():
+                self._publish(
+                    "status",
+                    {"work": instruction.work, "stage": instruction.stage, "detail": instruction.detail},
+                )
+                if not instruction.hidden:
+                    self.console.work(instruction.work, instruction.stage, self.redacted(instruction.detail))
+                elif instruction.stage in ("failed", "pending"):
+                    self.console.warn(f"page {instruction.work.removeprefix('_')}: {self.redacted(instruction.detail)}")
+            case e.Layout(tabs=tabs):
+                self._publish("layout", {"tabs": tabs})
+            case e.Frontends(frontends=frontends):
+                self._put(e.Hidden(specs=self._page_specs(frontends)))
+            case e.FileEvent(drive=drive, manifest=manifest):
+                self._file_event(drive, manifest)
+            case e.Note(level=level, text=text):
+                say = {"error": self.console.error, "warning": self.console.warn}.get(level, self.console.note)
+                say(self.redacted(text))
+                self._publish("app", {"level": level, "text": text})
+            case e.Exit(code=code, kill=kill):
+                self.code, self._exit_kill = code, kill
+                assert self._exit is not None
+                self._exit.set()
+
+    def _in_pass_thread(self, body: Callable[[], Any]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            try:
+                event: e.Event = e.PassEnded(result=body())
+            except BaseException as error:
+                event = e.PassEnded(result=_broken(error))
+            loop.call_soon_threadsafe(self._pass_over, event)
+
+        self._pass_thread.submit(work)
+
+    def _pass_over(self, event: e.Event) -> None:
+        self._counters["passes_total"] += 1
+        self._put(event)
+        self._first_pass.set()
+
+    def _publish(self, kind: str, data: dict[str, Any]) -> None:
+        self._event_id += 1
+        self._events.append(Event(id=self._event_id, kind=kind, data=data))
+        self._wake_readers()
+        if self._event_id > self._event_reserved:
+            self._event_reserved = self._event_id + EVENT_RESERVE
+            self.engine.note_fact("event", "reserved", self._event_reserved)
+
+    def _wake_readers(self) -> None:
+        changed = self._changed
+        if changed is not None and not changed.done():
+            self._changed = changed.get_loop().create_future()
+            changed.set_result(None)
+
+    # -- agents -------------------------------------------------------------------------------------------------------
+
+    def _work_token(self, name: str) -> str:
+        if name not in self._work_tokens:
+            self._work_tokens[name] = random_secrets.token_urlsafe(24)
+            self.engine.note_fact("token", name, self._work_tokens[name])
+        return self._work_tokens[name]
+
+    async def _first_agent(self) -> AgentStatus | None:
+        """Adopt the agent that an earlier server left here, or stop it and launch a new one."""
+        left = self._runtime.found("local")
+        alive = left is not None and await self._runtime.adopt(left)
+        if left is not None and alive and self._cut_off and await self._answers(left):
+            self._epochs["local"], self._agent_tokens["local"] = left["epoch"], left["token"]
+            self.console.note(f"adopting the agent that is still running (pid {left['pid']})")
+            return await self._attach("local", left)
+        if not self._cut_off:
+            await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
+        elif alive:
+            await asyncio.to_thread(self._end_leftovers, keep_scripts=True)
+        epoch = (left["epoch"] if left else 0) + 1
+        return await self._launch("local", epoch, left["port"] if left and self._cut_off else 0)
+
+    async def _answers(self, handle: Handle) -> bool:
+        peer = HttpPeer(timeout=2.0)
+        try:
+            status, _ = await peer.get(f"{handle['url']}/v1/status", handle["token"])
+            return status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            await asyncio.to_thread(peer.close)
+
+    def _end_leftovers(self, *, keep_scripts: bool) -> None:
+        from orch.leftovers import clear_records, end_agents, end_scripts
+
+        end_agents(self.folder, self.console.note)
+        if not keep_scripts:
+            end_scripts(self.folder, self.console.note)
+            clear_records(self.folder)
+
+    async def _launch(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
+        token = random_secrets.token_urlsafe(32)
+        self._epochs[agent], self._agent_tokens[agent] = epoch, token
+        options = self.options
+        spec = AgentSpec(
+            agent=agent,
+            epoch=epoch,
+            token=token,
+            flow_url=self.url,
+            app_dir=str(self.folder.root),
+            orch_dir=str(self.folder.orch),
+            app_id=self.app_id,
+            app_name=self.name,
+            run=self.run or 1,
+            app_file=str(options.app_file),
+            app_argv=list(options.argv),
+            drive_url=self.drive_url,
+            port=port,
+        )
+        handle = await self._runtime.launch(spec)
+        return await self._attach(agent, handle)
+
+    async def _attach(self, agent: str, handle: Handle) -> AgentStatus | None:
+        await self._begun.wait()
+        link = self._link(agent)
+        link.handle = handle
+        self.engine.know_agent(agent, handle["epoch"])
+        attach = Attach(
+            flow_url=self.url,
+            epoch=handle["epoch"],
+            acked=self.engine.agents[agent].acked,
+            works=self.engine.attach_vars(agent),
+        )
+        status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
+        if status != 200:
+            raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
+        known = decode(AgentStatus, body)
+        link.heard = time.monotonic()
+        link.attached = True
+        self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known))
+        assert link.wake is not None
+        link.wake.set()
+        return known
+
+    def _link(self, agent: str) -> _Link:
+        if agent not in self._links:
+            link = _Link(agent, HttpPeer(name=f"orch-to-{agent}"), queue=deque(), wake=asyncio.Event())
+            self._links[agent] = link
+            assert self._group is not None
+            self._group.create_task(self._sender(link), name=f"link-{agent}")
+        return self._links[agent]
+
+    def _send(self, agent: str, kind: str, messages: Iterable[Any]) -> None:
+        link = self._link(agent)
+        assert link.queue is not None and link.wake is not None
+        link.queue.extend((kind, message) for message in messages)
+        link.wake.set()
+
+    async def _sender(self, link: _Link) -> None:
+        assert link.queue is not None and link.wake is not None
+        delay = 0.05
+        while True:
+            if not link.queue or not link.attached:
+                link.wake.clear()
+                await link.wake.wait()
+                continue
+            kind = link.queue[0][0]
+            batch = []
+            for queued, message in link.queue:
+                if queued != kind or len(batch) >= 1000:
+                    break
+                batch.append(message)
+            try:
+                assert link.handle is not None
+                handle = link.handle
+                status, body = await link.peer.post(f"{handle['url']}/v1/{kind}", encode(batch), handle["token"])
+            except (OSError, http.client.HTTPException) as error:
+                log.debug("agent %s: %s", link.agent, error)
+                await asyncio.sleep(delay)
+                delay = min(1.0, delay * 2)
+                continue
+            delay = 0.05
+            for _ in batch:
+                link.queue.popleft()
+            link.heard = time.monotonic()
+            if status != 200:
+                self.console.warn(f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}")
+                continue
+            if kind == "place":
+                self._put(e.PlacedWorks(agent=link.agent, placed=decode(list[Placed], body)))
+            elif kind == "start":
+                replies = decode(list[StartReply], body)
+                self._put(e.StartAnswered(replies=replies, works=[message.work for message in batch]))
+
+    async def _poll_loop(self) -> None:
+        """Liveness: a push counts; without one for POLL_EVERY the agent is asked; a dead local process is noticed."""
+        peers: dict[str, HttpPeer] = {}
+        try:
+            while True:
+                await asyncio.sleep(POLL_EVERY / 2)
+                for link in list(self._links.values()):
+                    if link.handle is not None and link.attached:
+                        await self._poll(link, peers)
+        finally:
+            for peer in peers.values():
+                peer.close()
+
+    async def _poll(self, link: _Link, peers: dict[str, HttpPeer]) -> None:
+        assert link.handle is not None
+        gone = await self._runtime.poll(link.handle)
+        if gone is not None:
+            await self._replace(link, gone)
+            return
+        silent = time.monotonic() - link.heard
+        if silent < POLL_EVERY:
+            return
+        peer = peers.setdefault(link.agent, HttpPeer(timeout=2.0, name="orch-poll"))
+        try:
+            status, body = await peer.get(f"{link.handle['url']}/v1/status", link.handle["token"])
+            if status != 200:
+                raise OSError(f"HTTP {status}")
+            self._put(e.AgentPolled(agent=link.agent, status=decode(AgentStatus, body)))
+            link.heard = time.monotonic()
+        except (OSError, http.client.HTTPException):
+            if silent > UNKNOWN_AFTER:
+                self._put(e.AgentPolled(agent=link.agent, status=None))
+
+    async def _replace(self, link: _Link, why: str) -> None:
+        """The agent's process is gone: a new incarnation adopts what it left."""
+        assert link.handle is not None
+        old = link.handle
+        link.attached = False
+        self.console.warn(f"agent {link.agent} (pid {old['pid']}) {why}: starting a new one")
+        try:
+            await self._launch(link.agent, old["epoch"] + 1, old["port"])
+        except RuntimeLost as error:
+            link.handle = None
+            self._put(e.AgentFailed(agent=link.agent, message=_line(error)))
+
+    async def _end_agents(self, *, kill: bool) -> None:
+        """The app is over: agents stop what is left and exit. (A server that only leaves keeps them.)"""
+        if self._detaching:
+            return
+        for agent, link in self._links.items():
+            if link.handle is None:
+                continue
+            handle = link.handle
+            try:
+                await link.peer.post(f"{handle['url']}/v1/shutdown", encode(Shutdown(kill=kill)), handle["token"])
+                async with asyncio.timeout(AGENT_STOP):
+                    while await self._runtime.poll(handle) is None:
+                        await asyncio.sleep(0.02)
+            except (OSError, http.client.HTTPException, TimeoutError) as error:
+                log.debug("agent %s does not end by itself: %s", agent, error)
+                await self._runtime.kill(handle)
+                await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
+        self._runtime.reap()
+
+    # -- pages --------------------------------------------------------------------------------------------------------
+
+    def _page_specs(self, frontends: dict[str, dict[str, Any]]) -> list[WorkSpec]:
+        """Streamlit frontends as hidden services; static ones are served by this process."""
+        self._pages = frontends
+        specs = []
+        for component, key in frontends.items():
+            if "streamlit" not in key:
+                continue
+            try:
+                ui = import_module("orch_ui")
+                command = ui.frontend_command(f"/view/{component}", "{host}", "{port}")
+                env = ui.frontend_env(self.url, "", key["scope"], key["streamlit"], str(self.options.app_file))
+                del env["ORCH_FLOW_TOKEN"]  # a secret: it travels apart and is never written down
+            except ImportError as error:
+                self.console.warn(f"the page of {component} needs Streamlit ({error}): pip install 'orch[ui]'")
+                continue
+            specs.append(
+                WorkSpec(
+                    name=f"_{component}",
+                    pointer="",
+                    kind="service",
+                    record=e.NO_RECORD,
+                    hidden=True,
+                    parallel=True,
+                    when_busy="replace",
+                    raise_exception=False,
+                    restart="always",
+                    health=f"/view/{component}/_stcore/health",
+                    prefix="keep",
+                    command=command,
+                    env=env,
+                    grace=2.0,
+                    display_name=component,
+                )
+            )
+        return specs
+
+    def layout(self) -> list[dict[str, Any]]:
+        return [self._tab(tab) for tab in self.engine.layout]
+
+    def _tab(self, tab: dict[str, Any]) -> dict[str, Any]:
+        if tab.get("tabs") is not None:
+            return {**tab, "ready": True, "stage": "", "tabs": [self._tab(inner) for inner in tab["tabs"]]}
+        component = tab.get("component")
+        if component is None:
+            return {"url": None, **tab, "ready": tab.get("url") is not None, "stage": ""}
+        view = self.view(component)
+        stage = view.stage if isinstance(view, WaitingTarget) else "running"
+        return {**tab, "url": f"/view/{component}/", "ready": not isinstance(view, WaitingTarget), "stage": stage}
+
+    def view(self, component: str) -> ViewTarget:
+        page = self._pages.get(component)
+        if page is not None and "static" in page:
+            return StaticTarget(component, (self.folder.root / page["static"]).resolve())
+        work = self.engine.hidden.get(f"_{component}") or self.engine.works.get(component)
+        if work is None:
+            raise NotFound(f"there is nothing to see of {component!r}")
+        if work.ready and work.port:
+            return UpstreamTarget(component, work.host or "127.0.0.1", work.port, f"/view/{component}", work.spec.prefix)
+        call = work.book.shown
+        stage = str(call.stage) if call is not None else "not_started"
+        message = self.redacted(call.message) if call is not None else work.failed_to_place
+        lines = self._tail_of(work.spec.name) if stage in ("failed", "pending", "running") else []
+        title = work.spec.display_name or component
+        return WaitingTarget(component, title, stage, message, lines)
+
+    # -- Backend: state -----------------------------------------------------------------------------------------------
+
+    async def read(self, pointer: str, rev: int | None = None) -> tuple[Any, int, int]:
+        await self._journalled()
+        head = self.engine.tree.rev
+        if rev is not None and rev != head:
+            state = await self._journal(self.journal.at, self.run, rev)
+            return _at(state, pointer), rev, head
+        value = self.engine.tree.get(pointer)
+        return _copied(value), self.engine.tree.value_rev(pointer), head
+
+    async def _journalled(self) -> None:
+        """Until what the tree holds is in the journal."""
+        while self._settled is not None:
+            await asyncio.shield(self._settled)
+
+    async def _journal(self, method: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._journal_thread, method, *args)
+
+    async def patch(
+        self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None, create: bool = False
+    ) -> int:
+        return int(await self._ask(lambda ticket: e.Patch(ticket=ticket, ops=ops, cause=cause, match=match)))
+
+    async def wait_change(self, pointer: str, after: int, timeout: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    await self._journalled()
+                    if self.engine.tree.value_rev(pointer) > after:
+                        return True
+                    assert self._changed is not None
+                    await asyncio.shield(self._changed)
+        except TimeoutError:
+            return False
+
+    async def history(self, pointer: str, limit: int) -> list[dict[str, Any]]:
+        found = await self._journal(self.journal.history, self.run, pointer, limit)
+        return [{"rev": r.rev, "at": r.at, "cause": r.cause, "ops": r.ops} for r in found]
+
+    async def events(self, after: int | None) -> AsyncIterator[Event]:
+        last = self._event_id if after is None else after
+        if after is not None and (after > self._event_id or (self._events and after < self._events[0].id - 1)):
+            # Events between are gone (or of another life): the reader has to look at the state again.
+            last = self._event_id if not self._events or after > self._event_id else self._events[0].id - 1
+            yield Event(id=last, kind="reset", data={"rev": self.engine.tree.rev})
+        while True:
+            changed = self._changed
+            for event in self._since(last):
+                last = event.id
+                yield event
+            if self._event_id == last:
+                assert changed is not None
+                await asyncio.shield(changed)
+
+    def _since(self, last: int) -> list[Event]:
+        if not self._events or self._events[-1].id <= last:
+            return []
+        newer = self._events[-1].id - last
+        return [self._events[i] for i in range(max(0, len(self._events) - newer), len(self._events))]
+
+    # -- Backend: works -----------------------------------------------------------------------------------------------
+
+    async def works(self) -> list[dict[str, Any]]:
+        await self._journalled()
+        return [self.engine.describe(work) for work in self.engine.works.values()]
+
+    async def work(self, name: str) -> dict[str, Any]:
+        await self._journalled()
+        return self.engine.describe(self.engine.find(name))
+
+    async def stop_work(self, name: str) -> dict[str, Any]:
+        return dict(await self._ask(lambda ticket: e.StopWork(ticket=ticket, work=name)))
+
+    async def restart_work(self, name: str) -> dict[str, Any]:
+        return dict(await self._ask(lambda ticket: e.RestartWork(ticket=ticket, work=name)))
+
+    async def run_work(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(await self._ask(lambda t: e.AskCall(ticket=t, work=name, args=args, kwargs=kwargs)))
+
+    def log_files(self, name: str, call: str | None) -> list[Path]:
+        folder = self.folder.logs / name.removeprefix("root.")
+        known = name.removeprefix("root.") in self.engine.works or folder.is_dir()
+        if not known or "/" in name or name.startswith("."):
+            self.engine.find(name)
+        if call is not None:
+            path = folder / f"{call}.log"
+            if not path.is_file() or path.parent != folder:
+                raise NotFound(f"{name} has no call {call!r} with a log")
+            return [path]
+        return sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+
+    def _tail_of(self, name: str) -> list[str]:
+        work = self.engine.works.get(name) or self.engine.hidden.get(name)
+        call = work.book.shown if work is not None else None
+        if call is None:
+            return []
+        return [self.redacted(line) for line in last_lines(self.folder.logs / name / f"{call.id}.log")]
+
+    # -- Backend: app -------------------------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        await self._journalled()
+        engine = self.engine
+        return {
+            "stage": engine.stage,
+            "message": self.redacted(engine.message),
+            "rev": engine.tree.rev,
+            "run": self.run,
+            "passes": engine.passes,
+            "uptime": time.time() - self.started,
+            "works": {name: work.status(self.url)["stage"] for name, work in engine.works.items()},
+            "agents": [
+                {
+                    "name": agent.name,
+                    "epoch": agent.epoch,
+                    "up": agent.up,
+                    "silent": agent.silent,
+                    "pid": (link.handle or {}).get("pid") if (link := self._links.get(agent.name)) else None,
+                }
+                for agent in engine.agents.values()
+            ],
+        }
+
+    async def app_info(self) -> dict[str, Any]:
+        return {
+            "id": self.app_id,
+            "name": self.name,
+            "run": self.run,
+            "stage": self.engine.stage,
+            "message": self.redacted(self.engine.message),
+            "url": self.url,
+            "version": __version__,
+            "file": str(self.options.app_file),
+            "pid": os.getpid(),
+            "drive": self.drive_url,
+        }
+
+    async def stop_app(self, message: str) -> None:
+        self.console.stopping(self._longest_grace())
+        await self._ask(lambda ticket: e.StopApp(ticket=ticket, message=message))
+
+    def api_routes(self) -> list[ApiRoute]:
+        return self._routes
+
+    def metrics(self) -> dict[str, float]:
+        stages: dict[str, float] = {}
+        for work in self.engine.works.values():
+            stage = work.status(self.url)["stage"]
+            stages[f'works{{stage="{stage}"}}'] = stages.get(f'works{{stage="{stage}"}}', 0) + 1
+        return {
+            **self._counters,
+            **stages,
+            "revision": float(self.engine.tree.rev),
+            "state_bytes": float(self.engine.tree.size),
+            "pass_seconds": self.engine.pass_seconds,
+            "uptime_seconds": time.time() - self.started,
+            "agents": float(sum(agent.up for agent in self.engine.agents.values())),
+        }
+
+    def agent_token(self, agent: str) -> str | None:
+        return self._agent_tokens.get(agent)
+
+    async def push(self, push: Push) -> PushReply:
+        if push.epoch != self._epochs.get(push.agent):
+            raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
+        link = self._links.get(push.agent)
+        if link is not None:
+            link.heard = time.monotonic()
+        self._counters["pushes_total"] += 1
+        reply = await self._ask(lambda ticket: e.Pushed(ticket=ticket, push=push))
+        assert isinstance(reply, PushReply)
+        return reply
+
+    # -- secrets ------------------------------------------------------------------------------------------------------
+
+    def secret_values(self) -> list[str]:
+        return list(self._secrets.values())
+
+    def redacted(self, text: str) -> str:
+        for name, value in self._secrets.items():
+            text = text.replace(value, f"<{name}>")
+        return text
+
+    def _refuse_secrets(self, value: Any, where: str) -> None:
+        text = msgspec.json.encode(value).decode()
+        for name, secret in self._secrets.items():
+            if secret in text or msgspec.json.encode(secret).decode()[1:-1] in text:
+                raise StateTypeError(
+                    f"{where} holds the value of the secret {name}",
+                    hint="secrets reach scripts by environment only, they are never stored",
+                )
+
+    # -- logs and files -----------------------------------------------------------------------------------------------
+
+    def _follow(self, work: str, call: str) -> None:
+        if call not in self._tails:
+            self._tails[call] = LogTail(work, call, self.folder.logs / work / f"{call}.log")
+
+    async def _log_loop(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_EVERY)
+            self._read_logs()
+
+    def _read_logs(self) -> None:
+        for call, tail in list(self._tails.items()):
+            work = self.engine.works.get(tail.work) or self.engine.hidden.get(tail.work)
+            over = work is None or work.book.calls.get(call) is None or work.book.calls[call].done
+            for offset, lines in tail.read(final=over):
+                shown = [self.redacted(line) for line in lines]
+                self._publish(
+                    "log", {"work": tail.work, "call": call, "file": tail.name, "offset": offset, "lines": shown}
+                )
+                if work is None or not work.spec.hidden:
+                    for line in shown:
+                        self.console.log(tail.work, line)
+            if over:
+                del self._tails[call]
+
+    async def _drain_logs(self) -> None:
+        self._read_logs()
+
+    def _bind_drive(self) -> None:
+        """Drives in the flow are answered from manifests held here, without I/O."""
+        from orch_drive import DriveStore, ManifestIndex
+
+        self._index: dict[str, ManifestIndex] = {}
+        drives = {"app"}
+        if self.drive_url.startswith("file://") and self.folder.drive.is_dir():
+            drives |= {path.name for path in self.folder.drive.iterdir() if path.is_dir()}
+        for drive in drives:
+            index = self._index.setdefault(drive, ManifestIndex())
+            for manifest in DriveStore(self.drive_url, drive).manifests():
+                index.add(manifest)
+        self.program.drive_index = self._index_of
+
+    def _index_of(self, drive: str) -> Any:
+        from orch_drive import ManifestIndex
+
+        return self._index.setdefault(drive, ManifestIndex())
+
+    def _file_event(self, drive: str, manifest: dict[str, Any]) -> None:
+        from orch_drive.manifest import Manifest
+
+        index = self._index_of(drive)
+        parsed = msgspec.convert(manifest, Manifest)
+        if not parsed.partial:
+            self._pass_thread.submit(index.add, parsed)
+
+
+class _Done(Exception):
+    """Leaves the task group."""
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _broken(error: BaseException) -> Any:
+    """A pass that broke orch's own code: reported like a user's error, with its traceback."""
+    import traceback
+
+    from orch.program import PassResult
+
+    text = "".join(traceback.format_exception(error))
+    return PassResult(how="error", message=f"{type(error).__name__}: {error}", traceback=text, error=error)
+
+
+def _line(error: OrchError) -> str:
+    return f"{error.message} - {error.hint}" if error.hint else error.message
+
+
+def _shown_host(host: str) -> str:
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _copied(value: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
+def _at(tree: Any, pointer: str) -> Any:
+    from orch.state import StateTree
+
+    return StateTree(tree).get(pointer) if isinstance(tree, dict) else tree
+
+
+def _merged(node: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """The new program's tree, with the works' calls as they were shown."""
+    for group in ("flows", "works", "structures"):
+        for name, child in node.get(group, {}).items():
+            old = kept.get(group, {}).get(name)
+            if old is not None:
+                node[group][name] = _merged(child, old)
+    if "calls" in node and "calls" in kept:
+        node["calls"] = kept["calls"]
+    return node
+
+
+_unused = (replace, JournalError, StartCall, StopCall, Place, Diff)
