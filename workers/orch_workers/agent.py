@@ -1,0 +1,1109 @@
+"""The agent: starts the works' processes of this machine, watches them, and reports to the flow.
+
+Everything here runs in one event loop. An attempt of a call is one task (`_attend`); its facts reach the flow through
+the outbox in the order in which they happened. What must survive the agent (which attempts were started, why they were
+stopped, how they ended) is on disk before it is acted on or reported: a later incarnation adopts it (`_adopt`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from orch.errors import NotFound, OrchError, StateTypeError
+from orch.paths import write_atomic
+from orch.wire import (
+    AgentSpec,
+    AgentStatus,
+    Attach,
+    Diff,
+    Ended,
+    ItemResult,
+    Op,
+    Place,
+    Placed,
+    Progress,
+    Published,
+    Ready,
+    StartCall,
+    Started,
+    StartReply,
+    StopCall,
+    VarOps,
+    WorkReport,
+    encode,
+)
+from orch_drive import DriveError
+from orch_workers import places
+from orch_workers.live import LiveVars, names_of
+from orch_workers.messages import Batch, Outcome, Told, WorkOrder
+from orch_workers.metrics import MetricsReader
+from orch_workers.outbox import Outbox
+from orch_workers.outputs import FileTransfer
+from orch_workers.placeholders import command_line, fill, script_word
+from orch_workers.process import ExitRecord, Process, ProcessSpec, Spawner, SpawnError
+from orch_workers.progress import ProgressParser
+from orch_workers.records import KEPT_ATTEMPTS, AttemptRecord, PlaceRecord, Records, key_of
+
+__all__ = ["Agent", "Attempt", "PlacedWork"]
+
+log = logging.getLogger(__name__)
+
+TICK = 0.5
+"""Seconds between looks at the logs of running works."""
+STATE_FILE_INTERVAL = 0.1
+ACKNOWLEDGE_WITHIN = 2.0
+"""Seconds that a script's PATCH waits for the flow before it is answered 202."""
+LAST_LINES = 20
+TAIL_BYTES = 64 * 1024
+SERVICE_PROBE = 0.05
+SLOW_SERVICE_PROBE = 0.1
+PLAIN_PROBE = 1.0
+MIN_SECRET = 4
+"""Characters below which a secret cannot be told from ordinary text."""
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attempt of one call, from the moment it is accepted."""
+
+    record: AttemptRecord
+    secrets: dict[str, str]
+    """Kept for what must be taken out of reports; unknown after an adoption."""
+    log_file: Path
+    process: Process | None = None
+    stage: str = "starting"
+    """starting, running, stopping, ended"""
+    ready: bool = False
+    stop_wanted: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_grace: float = 0.0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """The process group is gone and the end is recorded."""
+    transfer: FileTransfer | None = None
+    log_offset: int = 0
+    parser: ProgressParser = field(default_factory=ProgressParser)
+    progress: float | None = None
+    probe_at: float = 0.0
+    probe_delay: float = SERVICE_PROBE
+    probing: bool = False
+    reports: bool = False
+    """The script reports its own progress and metrics: nothing is read off its output any more."""
+    metrics: MetricsReader | None = None
+    metrics_known: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> StartCall:
+        return self.record.start
+
+    @property
+    def key(self) -> str:
+        return self.record.key
+
+
+@dataclass(slots=True, eq=False)
+class PlacedWork:
+    """A work that the flow has put on this agent."""
+
+    place: Place
+    host: str
+    port: int
+    live: LiveVars
+    attempt: Attempt | None = None
+    """The latest one."""
+    wants_state_file: bool = False
+    state_file_timer: asyncio.TimerHandle | None = None
+    session: str = ""
+    """The Python Work's process that is connected; it numbers its changes from 1."""
+    received: int = 0
+    echoed: int = 0
+    origins: dict[int, int] = field(default_factory=dict)
+    """Item number -> the process's own number, for changes on their way to the flow and back."""
+    settled: dict[int, int] = field(default_factory=dict)
+    """Item number -> revision by which its echo must have come."""
+    links: list[asyncio.Queue[bytes | None]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.place.work
+
+
+class Agent:
+    """All works of one machine. `url` and `port` are where this agent listens."""
+
+    def __init__(self, spec: AgentSpec, port: int) -> None:
+        self.spec = spec
+        self.port = port
+        self.local_url = f"http://127.0.0.1:{port}"
+        self.works: dict[str, PlacedWork] = {}
+        self.attempts: dict[str, Attempt] = {}
+        self.leaving = asyncio.Event()
+        """Set when the agent shall exit; scripts live on."""
+        self.records = Records(Path(spec.orch_dir, "run"), spec.agent)
+        self._spawner = Spawner(self.records.processes, warm_app=spec.app_file or None, argv=spec.app_argv)
+        self._outbox = Outbox(
+            spec.agent,
+            spec.epoch,
+            spec.token,
+            spec.flow_url,
+            on_result=self._on_result,
+            on_acked=self._on_acked,
+            on_fenced=self.leaving.set,
+            on_contact=self.heard,
+        )
+        self._ends: dict[int, Attempt] = {}
+        self._patches: dict[int, asyncio.Future[ItemResult]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: BaseException | None = None
+        self._probe_wake = asyncio.Event()
+        self._tick_wake = asyncio.Event()
+        self._warming: asyncio.Task[None] | None = None
+        self._heard_at = time.monotonic()
+        self._shutting_down = False
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Adopts what an earlier incarnation left, then works until left. A task that fails ends the agent, loudly."""
+        self._adopt()
+        self._spawn(self._prepare())
+        for work in (self._outbox.run(), self._probe_loop(), self._tick_loop(), self._orphan_guard()):
+            self._spawn(work)
+        try:
+            yield
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self.close_links()
+            for placed in self.works.values():
+                if placed.state_file_timer is not None:
+                    placed.state_file_timer.cancel()
+                    self._write_state_file(placed)
+            self._outbox.close()
+            await self._spawner.aclose()
+        if self._failed is not None:
+            raise self._failed
+
+    def heard(self) -> None:
+        """The flow has given a sign of life."""
+        self._heard_at = time.monotonic()
+
+    async def flushed(self, timeout: float) -> bool:
+        """True once the flow has journalled everything that is reported so far."""
+        return await self._outbox.flushed(timeout)
+
+    def close_links(self) -> None:
+        """End the streams to the Python Works' processes, which connect again to the next incarnation."""
+        for work in self.works.values():
+            self._close_links(work)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("the agent cannot go on", exc_info=error)
+            self._failed = self._failed or error
+            self.leaving.set()
+
+    def _adopt(self) -> None:
+        for place in self.records.load_places():
+            self._install(place.place, place.host, place.port)
+        processes = {process.key: process for process in Spawner.adopt(self.records.processes)}
+        for record in self.records.load_attempts():
+            work = self.works.get(record.start.work)
+            attempt = self._make_attempt(record, {})
+            if work is not None:
+                work.attempt = attempt
+            if record.ended is not None:
+                attempt.stage = "ended"
+                attempt.over.set()
+                if not record.acked:
+                    self._ends[self._outbox.add(record.ended)] = attempt
+                continue
+            attempt.process = processes.get(record.key)
+            if attempt.process is None:
+                log.warning("%s was accepted but not started when the former agent ended", record.key)
+                self._end(attempt, "lost", "the agent ended before the script was started")
+                attempt.over.set()
+                continue
+            log.info("%s (pid %d) is adopted", record.key, attempt.process.pid)
+            self._spawn(self._attend(attempt))
+        self._prune()
+
+    async def _orphan_guard(self) -> None:
+        limit = self.spec.orphan_timeout
+        if limit is None:
+            return
+        while (left := self._heard_at + limit - time.monotonic()) > 0:
+            await asyncio.sleep(left)
+        log.warning("no contact with the flow for %.0f s: stopping all scripts (orphan guard)", limit)
+        await self.shutdown(kill=False)
+
+    # -- what the flow asks -------------------------------------------------------------------------------------------
+
+    def attach(self, attach: Attach) -> AgentStatus:
+        """The flow (perhaps a new one) says who it is and what it knows. OrchError 409 if its epoch is another one."""
+        if attach.epoch != self.spec.epoch:
+            error = OrchError(f"this is epoch {self.spec.epoch} of agent {self.spec.agent}, not {attach.epoch}")
+            error.status = 409
+            raise error
+        for name, known in attach.works.items():
+            work = self.works.get(name)
+            if work is None:
+                continue
+            if known.rev >= work.live.rev:
+                work.live.reset(known.rev, known.vars, attach.acked)
+                for seq in [seq for seq in work.origins if seq <= attach.acked]:
+                    work.echoed = max(work.echoed, work.origins.pop(seq))
+            self._greet(work)
+            self._vars_changed(work)
+        self._outbox.attached(attach.flow_url, attach.acked)
+        return self.status()
+
+    def status(self) -> AgentStatus:
+        return AgentStatus(
+            agent=self.spec.agent,
+            epoch=self.spec.epoch,
+            pid=os.getpid(),
+            seq=self._outbox.seq,
+            works=[_report(work) for work in self.works.values()],
+        )
+
+    def place(self, asked: list[Place]) -> list[Placed]:
+        answers = []
+        for place in asked:
+            work = self.works.get(place.work)
+            if work is None:
+                try:
+                    host, port = self._address(place)
+                except OSError as error:
+                    answers.append(Placed(work=place.work, error=str(error)))
+                    continue
+                work = self._install(place, host, port)
+            elif place.token != work.place.token:
+                work.place = place
+            answers.append(Placed(work=work.name, host=work.host, port=work.port))
+            if place.python and self._warming is None:
+                self._warming = self._spawn(self._warm())
+        self._write_places()
+        return answers
+
+    def start(self, asked: list[StartCall]) -> list[StartReply]:
+        """Accepts each attempt once; the answer is given when the intent is on disk."""
+        replies = []
+        for start in asked:
+            error = self._accept(start)
+            replies.append(StartReply(call=start.call, attempt=start.attempt, accepted=not error, error=error))
+        return replies
+
+    def stop(self, asked: list[StopCall]) -> None:
+        for stop in asked:
+            attempt = self.attempts.get(key_of(stop.call, stop.attempt))
+            if attempt is not None:
+                self._stop_attempt(attempt, stop.reason, stop.grace)
+
+    def forget(self, names: list[str]) -> None:
+        for name in names:
+            work = self.works.pop(name, None)
+            if work is None:
+                continue
+            if work.attempt is not None:
+                self._stop_attempt(work.attempt, "stopped", work.attempt.start.grace)
+            self._close_links(work)
+            if work.state_file_timer is not None:
+                work.state_file_timer.cancel()
+            self.records.state_file(name).unlink(missing_ok=True)
+        self._write_places()
+
+    def apply(self, diffs: list[Diff]) -> None:
+        """Revisions under the works' vars, in revision order."""
+        for diff in diffs:
+            work = self.works.get(diff.work)
+            if work is None:
+                continue
+            number = work.origins.pop(diff.seq, None) if diff.seq is not None else None
+            sent = work.live.waits_for(diff.seq) if diff.seq is not None else None
+            work.live.remote(diff.rev, diff.ops, diff.seq)
+            if number is not None:
+                work.echoed = max(work.echoed, number)
+                self._tell(work, Told(rev=diff.rev, ops=diff.ops, n=number))
+            else:
+                self._tell(work, Told(rev=diff.rev, ops=diff.ops if diff.ops is not None else sent or []))
+            self._settle(work)
+            self._vars_changed(work)
+
+    def begin_shutdown(self, *, kill: bool) -> None:
+        """`shutdown` in the background."""
+        self._spawn(self.shutdown(kill=kill))
+
+    async def shutdown(self, *, kill: bool) -> None:
+        """Stop every script (at once with `kill`), report the ends if the flow listens, then leave."""
+        if self._shutting_down and not kill:
+            return
+        self._shutting_down = True
+        running = [attempt for attempt in self.attempts.values() if not attempt.over.is_set()]
+        for attempt in running:
+            self._stop_attempt(attempt, "stopped", 0.0 if kill else attempt.start.grace)
+        await asyncio.gather(*(attempt.over.wait() for attempt in running))
+        if not await self._outbox.flushed(2.0):
+            log.warning("the flow does not answer: the ends of the works stay recorded in %s", self.records.processes)
+        self.leaving.set()
+
+    # -- placing ------------------------------------------------------------------------------------------------------
+
+    def _address(self, place: Place) -> tuple[str, int]:
+        host = place.host or ("127.0.0.1" if places.is_loopback(self.spec.bind) else places.machine_address())
+        taken = {work.port for work in self.works.values()} | {self.port}
+        return host, place.port or places.free_port(taken)
+
+    def _install(self, place: Place, host: str, port: int) -> PlacedWork:
+        work = PlacedWork(place, host, port, LiveVars(place.rev, place.vars))
+        self.works[place.work] = work
+        return work
+
+    def _write_places(self) -> None:
+        self.records.write_places([PlaceRecord(place=w.place, host=w.host, port=w.port) for w in self.works.values()])
+
+    async def _prepare(self) -> None:
+        """The first script shall not wait for the fork server."""
+        try:
+            await self._spawner._light_server()
+        except SpawnError as error:
+            log.error("scripts cannot be started: %s", error.message)
+
+    async def _warm(self) -> None:
+        try:
+            await self._spawner.warm()
+        except SpawnError as error:
+            log.error("app.py cannot be imported for Python Works: %s\n%s", error.message, error.traceback)
+            self._warming = None
+
+    # -- vars: scripts, processes and the flow -------------------------------------------------------------------------
+
+    def work(self, name: str) -> PlacedWork:
+        """The placed work of that name. NotFound."""
+        try:
+            return self.works[name]
+        except KeyError:
+            raise NotFound(f"no work {name!r} is placed on this agent") from None
+
+    async def patch(self, work: PlacedWork, ops: list[Op]) -> ItemResult | None:
+        """A script's change of its vars. None if the flow has not answered in time: it is kept and goes on its way.
+
+        Raises NotFound for an unknown variable, StateTypeError for what is no list of operations."""
+        check_ops(ops)
+        unknown = sorted(names_of(ops) - work.live.base.keys())
+        if unknown:
+            declared = ", ".join(sorted(work.live.base)) or "none"
+            raise NotFound(f"{work.name} has no variable {unknown[0]!r}", hint=f"declared: {declared}")
+        if not ops:
+            return ItemResult(seq=0, rev=work.live.rev)
+        seq = self._change(work, ops)
+        answer: asyncio.Future[ItemResult] = asyncio.get_running_loop().create_future()
+        self._patches[seq] = answer
+        try:
+            return await asyncio.wait_for(answer, ACKNOWLEDGE_WITHIN)
+        except TimeoutError:
+            return None
+        finally:
+            self._patches.pop(seq, None)
+
+    def receive(self, work: PlacedWork, session: str, batches: list[Batch]) -> int:
+        """Changes made by a Python Work's process; each is taken once. Returns the last number taken."""
+        self._session(work, session)
+        for batch in batches:
+            if batch.n != work.received + 1 and work.received:
+                if batch.n <= work.received:
+                    continue
+                break  # a gap: the process sends again from what is answered
+            work.received = batch.n
+            if batch.ops:
+                work.origins[self._change(work, batch.ops)] = batch.n
+            for manifest in batch.published:
+                attempt = work.attempt
+                self._outbox.add(
+                    Published(
+                        work=work.name,
+                        drive=str(manifest.get("drive", "")),
+                        manifest=manifest,
+                        call=attempt.start.call if attempt else None,
+                    )
+                )
+        return work.received
+
+    def connect(self, work: PlacedWork, session: str) -> asyncio.Queue[bytes | None]:
+        """A Python Work's process listens: the lines for it, None at the end."""
+        self._session(work, session)
+        link: asyncio.Queue[bytes | None] = asyncio.Queue()
+        work.links.append(link)
+        link.put_nowait(self._greeting(work))
+        return link
+
+    def disconnect(self, work: PlacedWork, link: asyncio.Queue[bytes | None]) -> None:
+        if link in work.links:
+            work.links.remove(link)
+
+    def report(self, work: PlacedWork, progress: float | None, metrics: Mapping[str, Any]) -> None:
+        """What a script tells about itself."""
+        attempt = work.attempt
+        if attempt is None or attempt.stage == "ended":
+            return
+        attempt.reports = True
+        if progress is not None:
+            progress = min(1.0, max(0.0, progress))
+        call = attempt.start.call
+        self._outbox.add(Progress(work=work.name, call=call, progress=progress, metrics=dict(metrics)))
+
+    def _session(self, work: PlacedWork, session: str) -> None:
+        if session != work.session:
+            work.session, work.received, work.echoed = session, 0, 0
+            work.origins.clear()
+
+    def _change(self, work: PlacedWork, ops: list[Op]) -> int:
+        seq = self._outbox.add(
+            VarOps(
+                work=work.name,
+                ops=ops,
+                call=work.attempt.start.call if work.attempt else None,
+                base_rev=work.live.rev,
+            )
+        )
+        work.live.local(seq, ops)
+        self._vars_changed(work)
+        return seq
+
+    def _on_result(self, result: ItemResult) -> None:
+        waiting = self._patches.get(result.seq)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(result)
+        for work in self.works.values():
+            if work.live.waits_for(result.seq) is None:
+                continue
+            if result.error or not result.rev:
+                self._dropped(work, result.seq, result.error)
+            else:
+                work.settled[result.seq] = result.rev
+                self._settle(work)
+            return
+
+    def _settle(self, work: PlacedWork) -> None:
+        """Own changes that became no revision of their own (they changed nothing) have no echo to wait for."""
+        for seq in [seq for seq, rev in work.settled.items() if rev <= work.live.rev]:
+            del work.settled[seq]
+            if work.live.waits_for(seq) is not None:
+                self._dropped(work, seq, "")
+
+    def _dropped(self, work: PlacedWork, seq: int, error: str) -> None:
+        work.live.drop(seq)
+        number = work.origins.pop(seq, None)
+        if error:
+            log.warning("the flow refuses a change of %s: %s", work.name, error)
+        if number is not None:
+            work.echoed = max(work.echoed, number)
+            self._tell(work, Told(rev=work.live.rev, n=number, drop=True, error=error))
+        self._vars_changed(work)
+
+    def _greeting(self, work: PlacedWork) -> bytes:
+        return _line(Told(rev=work.live.rev, vars=work.live.base, received=work.received, n=work.echoed))
+
+    def _greet(self, work: PlacedWork) -> None:
+        if work.links:
+            greeting = self._greeting(work)
+            for link in work.links:
+                link.put_nowait(greeting)
+
+    def _tell(self, work: PlacedWork, message: Told) -> None:
+        if work.links:
+            line = _line(message)
+            for link in work.links:
+                link.put_nowait(line)
+
+    def _close_links(self, work: PlacedWork) -> None:
+        for link in work.links:
+            link.put_nowait(None)
+        work.links.clear()
+
+    def _vars_changed(self, work: PlacedWork) -> None:
+        if work.wants_state_file and work.state_file_timer is None:
+            loop = asyncio.get_running_loop()
+            work.state_file_timer = loop.call_later(STATE_FILE_INTERVAL, self._write_state_file, work)
+
+    def _write_state_file(self, work: PlacedWork) -> None:
+        work.state_file_timer = None
+        write_atomic(self.records.state_file(work.name), msgspec.json.encode(work.live.view()))
+
+    # -- starting and ending attempts ----------------------------------------------------------------------------------
+
+    def _make_attempt(self, record: AttemptRecord, secrets: dict[str, str]) -> Attempt:
+        folder = Path(self.spec.orch_dir, "logs", record.start.work)
+        attempt = Attempt(record, secrets, folder / f"{record.start.call}.log")
+        if record.stopping:
+            attempt.stop_wanted.set()
+        self.attempts[record.key] = attempt
+        return attempt
+
+    def _accept(self, start: StartCall) -> str:
+        """Why it cannot be started, or an empty string. The same attempt again is accepted and not started again."""
+        key = key_of(start.call, start.attempt)
+        if key in self.attempts:
+            return ""
+        if self._shutting_down:
+            return "the agent is shutting down"
+        work = self.works.get(start.work)
+        if work is None:
+            return f"{start.work} is not placed on this agent"
+        record = AttemptRecord(agent=self.spec.agent, start=msgspec.structs.replace(start, secrets={}))
+        try:
+            self.records.write_attempt(record)
+        except OSError as error:
+            return f"the call cannot be recorded: {error}"
+        before = work.attempt
+        attempt = work.attempt = self._make_attempt(record, dict(start.secrets))
+        self._spawn(self._attend(attempt, before))
+        return ""
+
+    def _stop_attempt(self, attempt: Attempt, reason: str, grace: float) -> None:
+        if attempt.record.ended is not None:
+            return
+        if not attempt.record.stopping:
+            attempt.record = msgspec.structs.replace(attempt.record, stopping=reason)
+            self.records.write_attempt(attempt.record)
+        attempt.stop_grace = grace
+        if attempt.stage == "running":
+            attempt.stage = "stopping"
+        attempt.stop_wanted.set()
+        if attempt.process is not None:
+            self._spawn(_stop_process(attempt.process, grace))
+
+    async def _attend(self, attempt: Attempt, before: Attempt | None = None) -> None:
+        """One attempt from acceptance to its end."""
+        try:
+            if before is not None:
+                await before.over.wait()
+            if attempt.process is None and not await self._launch(attempt):
+                return
+        except (DriveError, SpawnError, OrchError, OSError, ValueError) as error:
+            trace = error.traceback if isinstance(error, SpawnError) else ""
+            self._end(attempt, "exception", _explain(error), traceback=trace)
+        finally:
+            if attempt.record.ended is not None:
+                attempt.over.set()
+        if not attempt.over.is_set():
+            await self._see_through(attempt)
+            attempt.over.set()
+
+    async def _launch(self, attempt: Attempt) -> bool:
+        """Inputs, command, process. False if a stop came first."""
+        if attempt.stop_wanted.is_set():
+            self._end(attempt, attempt.record.stopping, "stopped before it was started")
+            return False
+        start = attempt.start
+        work = self.work(start.work)
+        values = self._values(start)
+        os.makedirs(values["work_dir"], exist_ok=True)
+        cwd = self._cwd(start)
+        if not cwd.is_dir():
+            raise NotFound(f"the working directory {cwd} of {work.name} does not exist")
+        attempt.transfer = self._transfer(attempt, cwd)
+        if start.inputs:
+            await asyncio.to_thread(attempt.transfer.fetch_inputs)
+        if attempt.stop_wanted.is_set():
+            self._end(attempt, attempt.record.stopping, "stopped before it was started")
+            return False
+        env = self._environment(work, attempt, values)
+        argv: list[str] = []
+        order: dict[str, Any] | None = None
+        if start.kind == "python":
+            order = msgspec.to_builtins(self._order(work, attempt, cwd))
+        else:
+            argv = command_line(
+                start.command, start.script_args, start.args, shell=start.shell, values=values, python=sys.executable
+            )
+            _check_program(argv, cwd, env, shell=start.shell)
+            if work.live.base:
+                work.wants_state_file = True
+                self._write_state_file(work)
+        attempt.parser = ProgressParser(argv)
+        attempt.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            attempt.log_offset = attempt.log_file.stat().st_size
+        attempt.process = await self._spawner.start(
+            ProcessSpec(
+                key=attempt.key,
+                argv=argv,
+                cwd=str(cwd),
+                env=env,
+                log=str(attempt.log_file),
+                grace=start.grace,
+                header=_header(attempt),
+                python=order,
+            )
+        )
+        if attempt.stop_wanted.is_set():
+            self._spawn(_stop_process(attempt.process, attempt.stop_grace))
+        return True
+
+    async def _see_through(self, attempt: Attempt) -> None:
+        """From a living process to the reported end."""
+        process, start = attempt.process, attempt.start
+        assert process is not None
+        if attempt.transfer is None:  # adopted
+            attempt.transfer = self._transfer(attempt, self._cwd(start))
+            attempt.parser = ProgressParser(process.argv)
+            attempt.log_offset = max(0, _size(attempt.log_file) - TAIL_BYTES)
+        attempt.stage = "stopping" if attempt.stop_wanted.is_set() else "running"
+        self._outbox.add(
+            Started(work=start.work, call=start.call, attempt=start.attempt, pid=process.pid, at=process.started_at)
+        )
+        if start.outputs:
+            attempt.metrics = MetricsReader(attempt.transfer.output_paths(), since=process.started_at)
+        attempt.probe_at = asyncio.get_running_loop().time()
+        attempt.probe_delay = SERVICE_PROBE
+        self._probe_wake.set()
+        self._tick_wake.set()
+        helpers = []
+        if start.timeout is not None:
+            remaining = process.started_at + start.timeout - time.time()
+            helpers.append(asyncio.create_task(self._time_out(attempt, remaining)))
+        if start.outputs or start.reload:
+            helpers.append(asyncio.create_task(self._sync_loop(attempt)))
+        try:
+            exited = await process.wait()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+        if attempt.record.stopping:
+            await process.gone()
+        await self._conclude(attempt, exited)
+        await process.gone()
+
+    async def _conclude(self, attempt: Attempt, exited: ExitRecord) -> None:
+        """The process has ended: what became of it, its outputs, and the end itself."""
+        start = attempt.start
+        work = self.works.get(start.work)
+        self._read_log(attempt)
+        outcome = self._outcome(attempt) if start.kind == "python" else Outcome()
+        if work is not None and outcome.unsent:
+            self.receive(work, outcome.session, outcome.unsent)
+        if exited.stopped and attempt.record.stopping:
+            reason: str | None = attempt.record.stopping
+            message = f"timeout after {start.timeout:g} s" if reason == "timeout" and start.timeout else ""
+        elif exited.lost:
+            reason, message = "lost", "the process is gone and left no exit code"
+        elif exited.error:
+            reason, message = "exception", exited.error
+        elif outcome.error:
+            reason, message = "exception", outcome.error
+        elif exited.signal is not None:
+            reason, message = "signal", f"ended by {exited.signal_name}"
+        elif exited.exit_code:
+            reason, message = "exit_code", f"exit code {exited.exit_code}"
+        else:
+            reason, message = None, ""
+        result = outcome.result if start.kind == "python" else []
+        if start.outputs and attempt.transfer is not None:
+            try:
+                if reason is None:
+                    result = await asyncio.to_thread(attempt.transfer.finish)
+                else:  # what a failed call has left stays readable as partial
+                    await asyncio.to_thread(attempt.transfer.sync)
+            except (DriveError, OrchError, OSError) as error:
+                if reason is None:
+                    reason, message = "exception", _explain(error)
+                else:
+                    log.warning("the last outputs of %s are not published: %s", attempt.key, _explain(error))
+        self._end(attempt, reason, message, exited=exited, result=result, traceback=outcome.traceback)
+
+    def _outcome(self, attempt: Attempt) -> Outcome:
+        path = self.records.result_file(attempt.key)
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Outcome)
+        except FileNotFoundError:
+            return Outcome()
+        except msgspec.MsgspecError as error:
+            return Outcome(error=f"the result in {path} cannot be read: {error}")
+
+    def _end(
+        self,
+        attempt: Attempt,
+        reason: str | None,
+        message: str,
+        *,
+        exited: ExitRecord | None = None,
+        result: Any = None,
+        traceback: str = "",
+    ) -> None:
+        """Records the end, then reports it: exactly one an attempt."""
+        start = attempt.start
+        if attempt.record.ended is not None:
+            raise RuntimeError(f"{attempt.key} ended twice")
+        ended = Ended(
+            work=start.work,
+            call=start.call,
+            attempt=start.attempt,
+            at=exited.at if exited is not None and exited.at else time.time(),
+            reason=reason,
+            exit_code=exited.exit_code if exited is not None else None,
+            signal=exited.signal_name if exited is not None else None,
+            message=_redact(message, attempt.secrets),
+            traceback=_redact(traceback, attempt.secrets),
+            result=result if reason is None else None,
+            last_lines=[_redact(line, attempt.secrets) for line in attempt.parser.tail(LAST_LINES)],
+        )
+        attempt.record = msgspec.structs.replace(attempt.record, ended=ended)
+        self.records.write_attempt(attempt.record)
+        attempt.stage = "ended"
+        attempt.ready = False
+        self._ends[self._outbox.add(ended)] = attempt
+
+    def _on_acked(self, acked: int) -> None:
+        for seq in [seq for seq in self._ends if seq <= acked]:
+            self._spawn(self._forget_attempt(self._ends.pop(seq)))
+
+    async def _forget_attempt(self, attempt: Attempt) -> None:
+        """The flow has journalled the end: the process's records are not needed any more."""
+        await attempt.over.wait()
+        attempt.record = msgspec.structs.replace(attempt.record, acked=True)
+        self.records.write_attempt(attempt.record)
+        if attempt.process is not None:
+            attempt.process.forget()
+        self.records.result_file(attempt.key).unlink(missing_ok=True)
+        self._prune()
+
+    def _prune(self) -> None:
+        if len(self.attempts) <= KEPT_ATTEMPTS:
+            return
+        per_work: dict[str, list[Attempt]] = {}
+        for attempt in self.attempts.values():
+            if attempt.record.acked:
+                per_work.setdefault(attempt.start.work, []).append(attempt)
+        for finished in per_work.values():
+            for attempt in finished[:-KEPT_ATTEMPTS]:
+                del self.attempts[attempt.key]
+                self.records.drop_attempt(attempt.key)
+
+    async def _time_out(self, attempt: Attempt, remaining: float) -> None:
+        await asyncio.sleep(max(0.0, remaining))
+        self._stop_attempt(attempt, "timeout", attempt.start.grace)
+
+    # -- what a process is given ---------------------------------------------------------------------------------------
+
+    def _values(self, start: StartCall) -> dict[str, str]:
+        """What the placeholders mean."""
+        work = self.works.get(start.work)
+        return {
+            "host": work.host if work else "",
+            "port": str(work.port) if work else "",
+            "base_path": start.base_path,
+            "work_dir": str(Path(self.spec.orch_dir, "works", start.work)),
+        }
+
+    def _cwd(self, start: StartCall) -> Path:
+        return Path(self.spec.app_dir, fill(start.cwd, self._values(start)) if start.cwd else "")
+
+    def _environment(self, work: PlacedWork, attempt: Attempt, values: Mapping[str, str]) -> dict[str, str]:
+        start = attempt.start
+        env = dict(os.environ)
+        env.update(
+            ORCH_APP=self.spec.app_name,
+            ORCH_WORK=work.name,
+            ORCH_CALL=start.call,
+            ORCH_ATTEMPT=str(start.attempt),
+            ORCH_HOST=work.host,
+            ORCH_PORT=str(work.port),
+            HOST=work.host,
+            PORT=str(work.port),
+            ORCH_BASE_PATH=start.base_path,
+            ORCH_STATE_URL=f"{self.local_url}/state/{work.name}",
+            ORCH_REPORT_URL=f"{self.local_url}/report/{work.name}",
+            ORCH_TOKEN=work.place.token,
+            ORCH_STATE_FILE=str(self.records.state_file(work.name)),
+            ORCH_DRIVE_URL=self.spec.drive_url,
+            PYTHONUNBUFFERED="1",
+            STREAMLIT_BROWSER_GATHER_USAGE_STATS="false",
+            GRADIO_ANALYTICS_ENABLED="False",
+            HF_HUB_DISABLE_TELEMETRY="1",
+            DO_NOT_TRACK="1",
+        )
+        if start.prefix == "strip" and start.base_path:
+            env["GRADIO_ROOT_PATH"] = start.base_path
+        env.update({name: fill(value, values) for name, value in start.env.items()})
+        env.update(attempt.secrets)
+        folder = str(Path(sys.executable).parent)
+        env["PATH"] = folder + os.pathsep + env.get("PATH", os.defpath)
+        return env
+
+    def _order(self, work: PlacedWork, attempt: Attempt, cwd: Path) -> WorkOrder:
+        start = attempt.start
+        if start.record is None:
+            raise ValueError(f"{work.name}: a Python Work needs the record of its class")
+        return WorkOrder(
+            work=work.name,
+            record=start.record,
+            args=start.args,
+            kwargs=start.kwargs,
+            rev=work.live.rev,
+            vars=work.live.base,
+            host=work.host,
+            port=work.port,
+            url=f"{self.local_url}/live/{work.name}",
+            result_file=str(self.records.result_file(attempt.key)),
+            session=attempt.key,
+            drive_url=self.spec.drive_url,
+            epoch=self.spec.epoch,
+            call=start.call,
+            cwd=str(cwd),
+        )
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def _transfer(self, attempt: Attempt, cwd: Path) -> FileTransfer:
+        loop = asyncio.get_running_loop()
+
+        def published(drive: str, manifest: dict[str, Any]) -> None:
+            item = Published(work=attempt.start.work, drive=drive, manifest=manifest, call=attempt.start.call)
+            loop.call_soon_threadsafe(self._outbox.add, item)
+
+        return FileTransfer(
+            attempt.start,
+            cwd=cwd,
+            drive_url=self.spec.drive_url,
+            epoch=self.spec.epoch,
+            on_published=published,
+            writers=lambda: self._writers(attempt),
+        )
+
+    def _writers(self, asking: Attempt) -> list[tuple[str, Path]]:
+        """(work, path) of every output that another work is writing now."""
+        return [
+            (attempt.start.work, path)
+            for attempt in list(self.attempts.values())
+            if attempt is not asking and attempt.transfer is not None and attempt.stage in ("running", "stopping")
+            for path in attempt.transfer.output_paths()
+        ]
+
+    async def _sync_loop(self, attempt: Attempt) -> None:
+        transfer, interval = attempt.transfer, max(0.1, attempt.start.sync_interval)
+        assert transfer is not None
+        told = ""
+        while True:
+            await asyncio.sleep(interval)
+            try:
+                # Shielded: a cancelled wait would leave the thread publishing beside the final publish.
+                job = asyncio.ensure_future(asyncio.to_thread(transfer.sync))
+                try:
+                    await asyncio.shield(job)
+                except asyncio.CancelledError:
+                    await asyncio.wait([job])
+                    raise
+                told = ""
+            except (DriveError, OrchError, OSError) as error:
+                if _explain(error) != told:
+                    log.warning("files of %s are not in step: %s", attempt.start.work, _explain(error))
+                    told = _explain(error)
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    def _running(self) -> list[Attempt]:
+        return [
+            work.attempt
+            for work in self.works.values()
+            if work.attempt is not None and work.attempt.stage in ("running", "stopping")
+        ]
+
+    async def _tick_loop(self) -> None:
+        ticks = 0
+        while True:
+            running = self._running()
+            if not running:
+                self._tick_wake.clear()
+                await self._tick_wake.wait()
+                continue
+            await asyncio.sleep(TICK)
+            ticks += 1
+            for attempt in running:
+                self._read_log(attempt)
+            if ticks % 2 == 0:
+                for attempt in running:
+                    if attempt.metrics is not None and not attempt.reports and attempt.stage != "ended":
+                        await self._read_metrics(attempt)
+
+    def _read_log(self, attempt: Attempt) -> None:
+        size = _size(attempt.log_file)
+        if size <= attempt.log_offset:
+            return
+        with attempt.log_file.open("rb") as file:
+            if size - attempt.log_offset > TAIL_BYTES:
+                attempt.log_offset = size - TAIL_BYTES
+                attempt.parser.feed(b"\n")
+            file.seek(attempt.log_offset)
+            data = file.read(TAIL_BYTES)
+        attempt.log_offset += len(data)
+        progress = attempt.parser.feed(data)
+        if progress is not None and progress != attempt.progress and not attempt.reports:
+            attempt.progress = progress
+            start = attempt.start
+            self._outbox.add(Progress(work=start.work, call=start.call, progress=progress))
+
+    async def _read_metrics(self, attempt: Attempt) -> None:
+        assert attempt.metrics is not None
+        try:
+            values = await asyncio.to_thread(attempt.metrics.poll)
+        except (OSError, ValueError) as error:
+            log.warning("metrics of %s cannot be read: %s", attempt.start.work, error)
+            attempt.metrics = None
+            return
+        new = {name: value for name, value in values.items() if attempt.metrics_known.get(name) != value}
+        if new and attempt.stage != "ended":
+            attempt.metrics_known.update(new)
+            self._outbox.add(Progress(work=attempt.start.work, call=attempt.start.call, metrics=new))
+
+    async def _probe_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            waiting = [attempt for attempt in self._running() if not attempt.ready and not attempt.probing]
+            self._probe_wake.clear()
+            if not waiting:
+                await self._probe_wake.wait()
+                continue
+            now = loop.time()
+            due = [attempt for attempt in waiting if attempt.probe_at <= now]
+            if due:
+                ports = places.listening()
+                for attempt in due:
+                    self._probe(attempt, ports, now)
+            pause = min(attempt.probe_at for attempt in waiting) - loop.time()
+            if pause > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._probe_wake.wait(), pause)
+
+    def _probe(self, attempt: Attempt, ports: set[int] | None, now: float) -> None:
+        work = self.works[attempt.start.work]
+        if ports is None or work.port in ports:
+            if ports is not None and attempt.start.health is None:
+                self._set_ready(attempt)
+                return
+            attempt.probing = True
+            self._spawn(self._ask(attempt, work))
+        if attempt.start.kind == "service":
+            age = time.time() - (attempt.process.started_at if attempt.process else 0)
+            attempt.probe_at = now + (SERVICE_PROBE if age < 10 else SLOW_SERVICE_PROBE)
+        else:
+            # A work that never listens is asked for ever: all of them at the same moment, so that it stays one look.
+            attempt.probe_delay = min(PLAIN_PROBE, attempt.probe_delay * 2)
+            attempt.probe_at = now + attempt.probe_delay
+            if attempt.probe_delay == PLAIN_PROBE:
+                attempt.probe_at = math.floor(now) + PLAIN_PROBE
+
+    async def _ask(self, attempt: Attempt, work: PlacedWork) -> None:
+        try:
+            if await places.answers(work.host, work.port, attempt.start.health):
+                self._set_ready(attempt)
+        finally:
+            attempt.probing = False
+            self._probe_wake.set()
+
+    def _set_ready(self, attempt: Attempt) -> None:
+        if attempt.ready or attempt.stage not in ("running", "stopping"):
+            return
+        attempt.ready = True
+        start = attempt.start
+        self._outbox.add(Ready(work=start.work, call=start.call, attempt=start.attempt, at=time.time()))
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def check_ops(ops: list[Op]) -> None:
+    """Raises StateTypeError, saying which operation is no RFC 6902 operation."""
+    for index, op in enumerate(ops):
+        kind, path = op.get("op"), op.get("path")
+        if kind not in ("add", "remove", "replace", "move", "copy", "test"):
+            raise StateTypeError(f"operation {index}: op {kind!r} is not one of add, remove, replace, move, copy, test")
+        paths = [path, op.get("from")] if kind in ("move", "copy") else [path]
+        for pointer in paths:
+            if not isinstance(pointer, str) or not pointer.startswith("/"):
+                raise StateTypeError(f"operation {index}: {pointer!r} is no pointer to a variable, like /retrain")
+        if kind in ("add", "replace", "test") and "value" not in op:
+            raise StateTypeError(f"operation {index}: {kind} needs a value")
+
+
+def _line(message: Told) -> bytes:
+    return encode(message) + b"\n"
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _explain(error: Exception) -> str:
+    hint = getattr(error, "hint", "")
+    return f"{error} ({hint})" if hint else str(error)
+
+
+def _redact(text: str, secrets: Mapping[str, str]) -> str:
+    """What a script says of its secrets does not travel on."""
+    for value in secrets.values():
+        if len(value) >= MIN_SECRET:
+            text = text.replace(value, "***")
+    return text
+
+
+async def _stop_process(process: Process, grace: float) -> None:
+    await process.stop(grace)
+
+
+def _header(attempt: Attempt) -> str:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    return f"--- {attempt.start.call} attempt {attempt.start.attempt} {stamp} ---"
+
+
+def _check_program(argv: list[str], cwd: Path, env: Mapping[str, str], *, shell: bool) -> None:
+    """Raises NotFound if the program or the Python script is not there: clearer than what exec or Python say."""
+    script = None if shell else script_word(argv, sys.executable)
+    if script is not None and not Path(cwd, script).exists():
+        raise NotFound(
+            f"no script {script!r} in {cwd}",
+            hint="paths in a command are relative to the work's cwd (by default the folder of app.py)",
+        )
+    if os.sep not in argv[0] and shutil.which(argv[0], path=env["PATH"]) is None:
+        raise NotFound(f"command not found: {argv[0]} (looked in {env['PATH']})")
+
+
+def _report(work: PlacedWork) -> WorkReport:
+    attempt = work.attempt
+    if attempt is None:
+        return WorkReport(work=work.name, host=work.host, port=work.port)
+    return WorkReport(
+        work=work.name,
+        host=work.host,
+        port=work.port,
+        call=attempt.start.call,
+        attempt=attempt.start.attempt,
+        stage=attempt.stage,
+        pid=attempt.process.pid if attempt.process is not None else None,
+        ready=attempt.ready,
+        ended=attempt.record.ended,
+    )

@@ -1,0 +1,246 @@
+"""A script's files on the Drive: inputs before it starts, outputs while it runs and at its end, reloads of a service.
+
+Everything here blocks; the agent calls it in threads, one call at a time for an attempt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orch.wire import StartCall
+from orch_drive import DriveConflict, DriveNotFound
+
+if TYPE_CHECKING:
+    from orch_drive import DriveStore, Manifest
+
+__all__ = ["APP_DRIVE", "FileTransfer", "split_owner"]
+
+APP_DRIVE = "app"
+"""The Drive of a script that was given none."""
+
+Fingerprint = tuple[tuple[str, int, int], ...]
+
+
+def split_owner(path: str) -> tuple[str | None, str]:
+    """`trainer:logs` -> ("trainer", "logs"), `*:logs` -> ("*", "logs"), `logs` -> (None, "logs")."""
+    owner, colon, rest = path.partition(":")
+    return (owner, rest) if colon and "/" not in owner else (None, path)
+
+
+class FileTransfer:
+    """The files of one attempt.
+
+    Args:
+        start: says which paths, and on which Drive.
+        cwd: what they are relative to.
+        drive_url: where the app's Drives live.
+        epoch: of this agent; a newer one that has published fences it off.
+        on_published: called, from the calling thread, with (Drive id, manifest as JSON) for each new version.
+        writers: (work, path) of every output that other works of this machine are writing now.
+    """
+
+    def __init__(
+        self,
+        start: StartCall,
+        *,
+        cwd: Path,
+        drive_url: str,
+        epoch: int,
+        on_published: Callable[[str, dict[str, Any]], None],
+        writers: Callable[[], list[tuple[str, Path]]],
+    ) -> None:
+        self._start = start
+        self._cwd = cwd.resolve()
+        self._host = socket.gethostname()
+        self._drive_url = drive_url
+        self._epoch = epoch
+        self._on_published = on_published
+        self._writers = writers
+        self._store_: DriveStore | None = None
+        self._reported: dict[str, int] = {}
+        self._synced: dict[str, Fingerprint] = {}
+        self._loaded: dict[str, int] = {}
+
+    def output_paths(self) -> list[Path]:
+        """Absolute."""
+        return [self._cwd / path for path in self._start.outputs]
+
+    # -- before the start
+
+    def fetch_inputs(self) -> None:
+        """Puts every input into the cwd, merged over what is there; a first attempt forgets unfinished versions.
+
+        Raises DriveNotFound for a missing input, DriveConflict for a file that another work is writing, and what the
+        Drive raises; all name the path.
+        """
+        for path in self._start.inputs:
+            if not self._fetch(path, partial=False) and not self._may_be_missing(path):
+                where = f"neither on the Drive {self._drive_id!r} nor in {self._cwd}"
+                raise DriveNotFound(
+                    f"the input {path!r} of {self._start.work} is {where}",
+                    hint="publish it first: as another work's output, with Drive.put, or with `orch drive put`",
+                )
+        if self._start.attempt == 1:
+            for path in self._start.outputs:
+                self._store.discard_partial(self._start.work, path)
+
+    def _may_be_missing(self, path: str) -> bool:
+        _, name = split_owner(path)
+        return name in self._start.outputs or (self._cwd / name).exists()
+
+    # -- while it runs
+
+    def sync(self) -> None:
+        """Publishes a partial version of each output that changed, and fetches each reload that changed. Raises what
+        the Drive raises; the next sync tries again."""
+        for path in self._start.outputs:
+            source = self._cwd / path
+            found = _fingerprint(source)
+            if found is None or self._synced.get(path) == found:
+                continue
+            self._publish(path, partial=True)
+            self._synced[path] = found
+        for path in self._start.reload:
+            self._fetch(path, partial=True)
+
+    # -- at its end
+
+    def finish(self) -> list[str]:
+        """Commits one complete version of each output; returns the Drive paths.
+
+        Raises DriveNotFound naming the outputs that are missing (then nothing is committed), and what the Drive raises.
+        """
+        missing = [path for path in self._start.outputs if not (self._cwd / path).exists()]
+        if missing:
+            names = ", ".join(map(repr, missing))
+            raise DriveNotFound(
+                f"the script ended well, but its output {names} is not in {self._cwd}",
+                hint="outputs are relative to the work's cwd",
+            )
+        for path in self._start.outputs:
+            self._publish(path, partial=False)
+        return list(self._start.outputs)
+
+    # -- inside
+
+    @property
+    def _drive_id(self) -> str:
+        from orch_drive import Drive
+
+        state = self._start.drive
+        if not state:
+            return APP_DRIVE
+        return Drive.from_state(state.get("$drive", state)).id
+
+    @property
+    def _store(self) -> DriveStore:
+        if self._store_ is None:
+            from orch_drive import DriveStore
+
+            self._store_ = DriveStore(self._drive_url, self._drive_id)
+        return self._store_
+
+    def _publish(self, path: str, *, partial: bool) -> None:
+        manifest = self._store.publish(
+            self._start.work,
+            path,
+            self._cwd / path,
+            partial=partial,
+            epoch=self._epoch,
+            call=self._start.call,
+            host=self._host,
+            cwd=str(self._cwd),
+            root=self._cwd,
+        )
+        if self._reported.get(path) != manifest.serial:
+            self._reported[path] = manifest.serial
+            from orch_drive.manifest import to_json
+
+            self._on_published(manifest.drive, to_json(manifest))
+
+    def _fetch(self, path: str, *, partial: bool) -> bool:
+        """False if nobody has published the path."""
+        owner, name = split_owner(path)
+        if owner == "*":
+            index = self._store.index()
+            owners = index.owners(name, partial=partial)
+            for each in owners:
+                self._put_here(path, index.resolve(name, component=each, partial=partial), Path(name, each))
+            return bool(owners)
+        manifest = self._store.resolve(name, component=owner, partial=partial)
+        if manifest is None:
+            return False
+        self._put_here(path, manifest, Path(name))
+        return True
+
+    def _put_here(self, path: str, manifest: Manifest | None, place: Path) -> None:
+        if manifest is None:
+            return
+        mark = f"{path}\0{manifest.component}"
+        if self._loaded.get(mark) == manifest.serial:
+            return
+        dest = self._cwd / place
+        from_here = (manifest.host, manifest.cwd) == (self._host, str(self._cwd))
+        if from_here and (self._cwd / manifest.path).exists():
+            return
+        writers = [(work, output) for work, output in self._writers() if _touch(output, dest)]
+
+        def refuse(name: str) -> bool:
+            target = dest / name if manifest.is_dir else dest
+            for work, output in writers:
+                entry = manifest.entry(name)
+                if _touch(output, target) and entry is not None and not _is(target, entry.size, entry.sha256):
+                    raise DriveConflict(
+                        f"{self._start.work} needs {path!r} in {target}, where {work} is writing its output",
+                        hint="give one of them another cwd",
+                    )
+            return False
+
+        self._store.fetch(manifest, dest, skip=refuse if writers else None)
+        self._loaded[mark] = manifest.serial
+
+
+def _touch(one: Path, other: Path) -> bool:
+    return one == other or one in other.parents or other in one.parents
+
+
+def _is(path: Path, size: int, sha256: str) -> bool:
+    try:
+        if path.stat().st_size != size:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+    except FileNotFoundError:
+        return False
+
+
+def _fingerprint(path: Path) -> Fingerprint | None:
+    """Name, size and time of every file; None if there is nothing. Cheap: no file is opened."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not path.is_dir():
+        return (("", status.st_size, status.st_mtime_ns),)
+    return tuple(sorted(_files(str(path))))
+
+
+def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield from _files(entry.path)
+                    continue
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:  # vanished, or a dangling link
+                    continue
+                yield entry.path, status.st_size, status.st_mtime_ns
+    except FileNotFoundError:
+        return

@@ -1,0 +1,94 @@
+"""Where the works of a machine live: ports, and who listens on them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import Container
+from pathlib import Path
+
+__all__ = ["answers", "free_port", "is_loopback", "listening", "machine_address"]
+
+_LOWEST = 10_240
+_LISTEN = "0A"
+
+
+def is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.") or host == "::1"
+
+
+def machine_address() -> str:
+    """The address under which other machines reach this one: that of the interface which leads outside."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1; a UDP connect sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def free_port(taken: Container[int], host: str = "") -> int:
+    """A TCP port that nobody listens on and that is not in `taken`.
+
+    It lies below the ephemeral range: there no outgoing connection can sit on it between now and the moment, perhaps
+    hours later, when a script binds it. Raises OSError if all are taken."""
+    try:
+        highest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError):
+        highest = 32_768
+    highest = max(highest, _LOWEST + 1_000)
+    first = random.randrange(_LOWEST, highest)
+    for port in (*range(first, highest), *range(_LOWEST, first)):
+        if port not in taken and _can_bind(host, port):
+            return port
+    raise OSError(f"no free TCP port between {_LOWEST} and {highest}")
+
+
+def _can_bind(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def listening() -> set[int] | None:
+    """All TCP ports that somebody on this machine listens on, in one look; None where the kernel has no such list."""
+    ports: set[int] = set()
+    found = False
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path("/proc/net", name).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        found = True
+        for line in lines:
+            _, local, _, state, *_ = line.split(None, 4)
+            if state == _LISTEN:
+                ports.add(int(local.rpartition(":")[2], 16))
+    return ports if found else None
+
+
+async def answers(host: str, port: int, path: str | None, timeout: float = 2.0) -> bool:
+    """Whether something accepts connections there and, with `path`, answers GET with a status below 500."""
+    target = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    try:
+        async with asyncio.timeout(timeout):
+            reader, writer = await asyncio.open_connection(target, port)
+            try:
+                if path is None:
+                    return True
+                writer.write(
+                    f"GET {path} HTTP/1.1\r\nHost: {target}:{port}\r\nUser-Agent: orch-health\r\n"
+                    "Accept: */*\r\nConnection: close\r\n\r\n".encode("ascii")
+                )
+                status_line = await reader.readline()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+    parts = status_line.split(None, 2)
+    return len(parts) > 1 and parts[0].startswith(b"HTTP/") and parts[1].isdigit() and int(parts[1]) < 500

@@ -1,0 +1,129 @@
+"""What an agent writes down so that a later incarnation can go on: the works it was given, the calls it was told to
+start.
+
+    run/agent-<agent>.json    the address of the living agent (the ready file)
+    run/agent-<agent>.works   the placed works: host, port, token
+    run/calls/<key>.json      one attempt: what was asked, why it was stopped, how it ended; key = <call>.<attempt>
+    run/processes/            records of the waiters (process.py)
+
+All files are 0600 and replaced by rename. Secrets are in none of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from orch.paths import write_atomic
+from orch.wire import Ended, Message, Place, StartCall, decode, encode
+
+__all__ = ["AttemptRecord", "PlaceRecord", "ReadyFile", "Records", "key_of"]
+
+log = logging.getLogger(__name__)
+
+KEPT_ATTEMPTS = 50
+"""Finished attempts of a work whose records are kept: a doubled start of one of them must not start it again."""
+
+
+def key_of(call: str, attempt: int) -> str:
+    return f"{call}.{attempt}"
+
+
+class ReadyFile(Message, frozen=True, kw_only=True, omit_defaults=True):
+    """Written once the agent's socket listens."""
+
+    agent: str
+    epoch: int
+    pid: int
+    pid_start: str
+    boot_id: str
+    url: str
+    port: int
+    token: str
+
+
+class PlaceRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
+    place: Place
+    host: str
+    port: int
+
+
+class AttemptRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
+    agent: str
+    start: StartCall
+    """Without its secrets."""
+    stopping: str = ""
+    """Reason of a stop that was asked for: stopped, replaced, timeout."""
+    ended: Ended | None = None
+    acked: bool = False
+    """The flow has journalled the end."""
+
+    @property
+    def key(self) -> str:
+        return key_of(self.start.call, self.start.attempt)
+
+
+class Records:
+    """The files of one agent name under `run/`. Methods raise OSError when the disk does."""
+
+    def __init__(self, run_dir: Path, agent: str) -> None:
+        self._run = run_dir
+        self._agent = agent
+        self._calls = run_dir / "calls"
+        self.processes = run_dir / "processes"
+        for folder in (run_dir, self._calls, self.processes):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    @property
+    def ready_file(self) -> Path:
+        return self._run / f"agent-{self._agent}.json"
+
+    def write_ready(self, ready: ReadyFile) -> None:
+        write_atomic(self.ready_file, encode(ready))
+
+    def remove_ready(self, epoch: int) -> None:
+        """Take the ready file away unless a newer incarnation has written its own."""
+        try:
+            if decode(ReadyFile, self.ready_file.read_bytes()).epoch == epoch:
+                self.ready_file.unlink()
+        except FileNotFoundError:
+            return
+
+    def load_places(self) -> list[PlaceRecord]:
+        try:
+            return decode(list[PlaceRecord], (self._run / f"agent-{self._agent}.works").read_bytes())
+        except FileNotFoundError:
+            return []
+
+    def write_places(self, places: list[PlaceRecord]) -> None:
+        write_atomic(self._run / f"agent-{self._agent}.works", encode(places))
+
+    def load_attempts(self) -> list[AttemptRecord]:
+        """Of this agent's name, oldest first. A file that cannot be read is left, with a log line."""
+        found = []
+        for path in self._calls.glob("*.json"):
+            try:
+                record = decode(AttemptRecord, path.read_bytes())
+                age = path.stat().st_mtime_ns
+            except (OSError, msgspec.MsgspecError) as error:
+                log.error("the call record %s cannot be read and is left alone: %s", path, error)
+                continue
+            if record.agent == self._agent:
+                found.append((age, record))
+        return [record for _, record in sorted(found, key=lambda pair: pair[0])]
+
+    def write_attempt(self, record: AttemptRecord) -> None:
+        write_atomic(self._calls / f"{record.key}.json", encode(record))
+
+    def drop_attempt(self, key: str) -> None:
+        (self._calls / f"{key}.json").unlink(missing_ok=True)
+
+    def state_file(self, work: str) -> Path:
+        """ORCH_STATE_FILE of a work."""
+        return self._run / f"vars-{work}.json"
+
+    def result_file(self, key: str) -> Path:
+        """What a Python Work's process leaves: its result, or its exception."""
+        return self.processes / f"{key}.result.json"

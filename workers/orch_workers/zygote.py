@@ -1,0 +1,163 @@
+"""The fork server: imports once, then forks a waiter for every attempt it is asked to start.
+
+Started by the agent with one end of a socket pair as standard input. Requests are lines `<key> <grace> <json>`; answers
+are JSON lines, written by the fork server and by the processes it forked:
+
+    {"ready": true} or {"ready": false, "error", "traceback"}      once, when the imports are done
+    {"started": key, ...run record} or {"failed": key, "error"}    by the process that becomes the script
+    {"reaped": key}                                                the waiter has ended
+
+There are two: a light one for scripts, which imports next to nothing (what it touches is each waiter's memory), and a
+warm one for Python Works, which has imported the user's app.py. Both end with the agent; waiters and scripts live on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+if __name__ == "__main__":  # run by path, isolated and without site-packages: the package must still be found
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from orch_workers import waiter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> NoReturn:
+    """`argv`: record folder, then for the warm one: "--warm", app file ("" for none), its arguments."""
+    record_dir, *rest = argv
+    control = socket.socket(fileno=os.dup(0))
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.close(null)
+    waiter.name_process("orch-zygote")
+    if rest:
+        problem = _import_app(rest[1], rest[2:])
+        if problem is not None:
+            _send(control, {"ready": False, **problem})
+            os._exit(1)
+    try:
+        _send(control, {"ready": True})
+        _Server(control, record_dir).serve()
+    except (BrokenPipeError, ConnectionResetError):  # the agent is gone
+        os._exit(0)
+
+
+def _send(control: socket.socket, answer: dict[str, Any]) -> None:
+    # One small write: lines of several processes on this socket do not mix.
+    control.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _import_app(app_file: str, app_argv: list[str]) -> dict[str, str] | None:
+    """Imports app.py as a module of its file's name. None, or what went wrong, for the user to read."""
+    import importlib
+    import traceback
+
+    importlib.import_module("orch_workers.pywork")
+    if not app_file:
+        return None
+    sys.argv = [app_file, *app_argv]
+    folder, name = os.path.dirname(app_file), os.path.splitext(os.path.basename(app_file))[0]
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(name)
+    except BaseException as error:
+        lines = traceback.format_exception(error.with_traceback(_below_import(error.__traceback__)))
+        return {"error": f"{app_file} cannot be imported: {type(error).__name__}: {error}", "traceback": "".join(lines)}
+    finally:
+        sys.stdout.flush()
+    found = getattr(module, "__file__", None)
+    if found is None or not os.path.samefile(found, app_file):
+        hint = "rename the app file"
+        return {"error": f"{app_file} has the name of another module ({found or 'built in'}): {hint}", "traceback": ""}
+    return None
+
+
+def _below_import(trace: Any) -> Any:
+    """The traceback from the user's first frame on."""
+    while trace is not None and ("importlib" in trace.tb_frame.f_code.co_filename or trace.tb_frame.f_code is _CODE):
+        trace = trace.tb_next
+    return trace
+
+
+_CODE = _import_app.__code__
+
+
+class _Server:
+    def __init__(self, control: socket.socket, record_dir: str) -> None:
+        self.control = control
+        self.record_dir = record_dir
+        self.children: dict[int, str] = {}
+
+    def serve(self) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        wake = waiter.wake_pipe()
+        # A collection would write to every object and so copy every shared page into each waiter.
+        gc.collect()
+        gc.disable()
+        gc.freeze()
+        poller = select.poll()
+        poller.register(self.control, select.POLLIN)
+        poller.register(wake, select.POLLIN)
+        rest = b""
+        while True:
+            for fd, _event in poller.poll():
+                if fd == wake:
+                    os.read(wake, 512)
+                    self.reap()
+                    continue
+                # Small pieces: what is in this buffer when a waiter is forked stays in the waiter's memory.
+                data = self.control.recv(1 << 16)
+                if not data:
+                    os._exit(0)  # the agent is gone
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self.start(line)
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            key = self.children.pop(pid, None)
+            if key is not None:
+                _send(self.control, {"reaped": key})
+
+    def start(self, line: bytes) -> None:
+        key, grace, request = line.split(b" ", 2)
+        name = key.decode()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _send(self.control, {"failed": name, "error": f"cannot fork a process: {error.strerror}"})
+            return
+        if pid == 0:
+            waiter.attend(name, float(grace), request, self.record_dir, self.reply)
+        self.children[pid] = name
+
+    def reply(self, answer: dict[str, Any] | None) -> None:
+        if answer is not None:
+            try:
+                _send(self.control, answer)
+            except OSError:  # the agent is gone; the next one finds the record
+                pass
+        self.control.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
