@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from orch_drive.manifest import Manifest, ManifestIndex, VersionInfo
     from orch_drive.store import DriveStore
 
-__all__ = ["Drive"]
+__all__ = ["FLOW_INDEX", "Drive"]
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _FETCH_TRIES = 5
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+FLOW_INDEX: ContextVar[Callable[[str], ManifestIndex] | None] = ContextVar("FLOW_INDEX", default=None)
+"""Set while a Flow's code runs: drive id -> what the server knows of its files. Drives then do no I/O."""
 
 
 class Drive:
@@ -208,7 +212,9 @@ class Drive:
     ) -> builtins.list[str]:
         """Paths on the Drive, sorted, of all components or one: what a folder holds, what a pattern (`*`, `?`, `[..]`,
         `**`) matches, or the file itself. `recursive`: all files below. Nothing there: an empty list."""
-        index = self._index if self._index is not None else self._store("list").index()
+        index = self._known()
+        if index is None:
+            index = self._store("list").index()
         return index.list(_text(path), component=component_name, recursive=recursive)
 
     def delete(self, path: str | os.PathLike[str]) -> None:
@@ -222,8 +228,9 @@ class Drive:
         self, path: str | os.PathLike[str], *, component_name: str | None = None
     ) -> builtins.list[VersionInfo]:
         """The complete versions that hold the path, oldest first, the last 10 of each owner."""
-        if self._index is not None:
-            return self._index.versions(_text(path), component=component_name)
+        index = self._known()
+        if index is not None:
+            return index.versions(_text(path), component=component_name)
         return self._store("versions").versions(_text(path), component=component_name)
 
     def verify(
@@ -283,8 +290,15 @@ class Drive:
 
     # ---- behind ---------------------------------------------------------------------------------------------------
 
+    def _known(self) -> ManifestIndex | None:
+        """What answers in place of the storage: in a Flow the server's manifests."""
+        if self._index is not None or self._base_url is not None:
+            return self._index
+        flow = FLOW_INDEX.get()
+        return None if flow is None else flow(self._id)
+
     def _store(self, verb: str) -> DriveStore:
-        if self._index is not None:
+        if self._known() is not None:
             raise DriveNotHere(
                 f"Drive {self._id!r}: {verb}() cannot be used in a Flow, only list() and versions()",
                 hint="do it in a Work",

@@ -239,19 +239,10 @@ class Component(metaclass=_Meta):
         if not name.startswith("_"):
             own = self.__dict__
             if "_vars" in own and name in own["_vars"]:
-                value = own["_vars"].get(name)
-                if type(value).__name__ == "Drive" and hasattr(value, "bind"):
-                    self._bind_drive(value)
-                return value
+                return own["_vars"].get(name)
             if name in own.get("_children", ()):
                 return own["_children"][name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-
-    def _bind_drive(self, drive: Any) -> None:
-        """In a flow a Drive is answered from the manifests that the server holds."""
-        program = self._find_program()
-        if program is not None and program.drive_index is not None:
-            drive.bind(index=program.drive_index(drive.id))
 
     def __delattr__(self, name: str) -> None:
         if name.startswith("_"):

@@ -436,6 +436,10 @@ class Engine:
         for spec in specs:
             self._add_work(spec, _Work(spec, self.run))
 
+    @property
+    def _alive(self) -> bool:
+        return self.stage in ("starting", "running")
+
     # -- bookkeeping
     def _add_work(self, spec: WorkSpec, work: _Work) -> None:
         (self.hidden if spec.hidden else self.works)[spec.name] = work
@@ -585,6 +589,8 @@ class Engine:
 
     def _dispatch(self, event: Event, now: float) -> None:
         ordered = isinstance(event, Patch | Pushed | AskCall | RestartWork | ApiRequest)
+        if isinstance(event, Pushed) and not self._alive:
+            ordered = False  # an app that ends does not wait for a pass that may never end
         if ordered and (self._passing or self._deferred):
             self._deferred.append(event)
         else:
@@ -702,7 +708,7 @@ class Engine:
             if self._close_burst and not self._passing:
                 self._revise([], "flow", now)
                 self._maybe_pass(now)
-            if self._passing:
+            if self._passing and self._alive:
                 # The rest of the push belongs behind the pass that a call's end has started.
                 rest = Push(agent=push.agent, epoch=push.epoch, seq=seq, items=push.items[i:])
                 self._deferred.appendleft(_Rest(ticket=event.ticket, push=rest, results=results))
@@ -894,7 +900,7 @@ class Engine:
     # -- starting and stopping calls
     def _advance(self, work: _Work, now: float) -> None:
         """Start the next call of a free Work, or the next attempt of its current one."""
-        if self.stage not in ("starting", "running"):
+        if not self._alive:
             return
         book = work.book
         if book.current is None:
@@ -1036,7 +1042,7 @@ class Engine:
         return argument_error(args, kwargs)
 
     def _refuse_when_ending(self, work: _Work) -> None:
-        if self.stage not in ("starting", "running"):
+        if not self._alive:
             raise CallError(f"{work.spec.name}: the app is {self.stage}, no call can be started")
 
     def _stop_work(self, event: StopWork, now: float) -> None:
@@ -1082,7 +1088,7 @@ class Engine:
         self._only_own = False
 
     def _maybe_pass(self, now: float) -> None:
-        if self._passing or not self._woken or self.stage not in ("starting", "running"):
+        if self._passing or not self._woken or not self._alive:
             self._close_burst = self._close_burst and bool(self._passing)
             return
         if not self._only_own:
@@ -1111,7 +1117,7 @@ class Engine:
         return given
 
     def _api_request(self, event: ApiRequest, now: float) -> None:
-        if self.stage not in ("starting", "running"):
+        if not self._alive:
             raise CallError(f"the app is {self.stage}")
         self._revise([], "flow", now)
         self._passing = True
@@ -1201,7 +1207,7 @@ class Engine:
 
     def _asks(self, result: PassResult, now: float) -> list[_Work]:
         asked: list[_Work] = []
-        for ask in result.asks:
+        for ask in result.asks if self._alive else []:
             work = self.works.get(ask.work)
             if work is None:
                 continue
@@ -1329,7 +1335,7 @@ class Engine:
                 work.placing = False
                 work.failed_to_place = event.message
                 self._touch(work)
-        if self.stage in ("starting", "running"):
+        if self._alive:
             self._fail_app(f"agent {event.agent} cannot be placed: {event.message}", now)
 
     def _placed_works(self, event: PlacedWorks, now: float) -> None:
@@ -1442,12 +1448,12 @@ class Engine:
         self._revise([], "flow", now)
 
     def _fail_app(self, message: str, now: float) -> None:
-        if self.stage in ("starting", "running"):
+        if self._alive:
             self._emit(Note(level="error", text=message))
         self._end_app(1, message, now)
 
     def _end_app(self, code: int, message: str, now: float) -> None:
-        if self.stage not in ("starting", "running"):
+        if not self._alive:
             return
         self.code = code
         self._set_stage("failed" if code else "stopping", message, now)
@@ -1467,7 +1473,7 @@ class Engine:
     def _stop_app(self, event: StopApp, now: float) -> None:
         if event.kill and self._stop_deadline is not None:
             self._exit(kill=True)
-        elif self.stage in ("starting", "running"):
+        elif self._alive:
             self._end_app(event.code, event.message, now)
         self._answer(event, {"stage": self.stage})
 

@@ -23,6 +23,7 @@ from orch.state import format_pointer, parse_pointer, split_pointer
 from orch.structures import List, Structure
 from orch.wire import ComponentRecord, Op
 from orch.work import Work, WorkSpec, WorkView
+from orch_drive.drive import FLOW_INDEX
 
 __all__ = ["Pass", "PassInput", "PassOver", "PassResult", "Program", "Schedule", "WorkAsk"]
 
@@ -445,6 +446,7 @@ class Program:
     def _transaction(self, here: Pass, body: Callable[[], Any]) -> PassResult:
         began = perf_counter()
         self.current = here
+        index = FLOW_INDEX.set(self.drive_index)
         result = PassResult(how="end")
         try:
             try:
@@ -462,6 +464,7 @@ class Program:
                 seconds=perf_counter() - began,
             )
         finally:
+            FLOW_INDEX.reset(index)
             self.current = None
         if result.how in ("stop", "fail"):
             here.asks = {}

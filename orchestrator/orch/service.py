@@ -536,7 +536,8 @@ class Service:
             await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
         elif alive:
             await asyncio.to_thread(self._end_leftovers, keep_scripts=True)
-        epoch = (left["epoch"] if left else 0) + 1
+        # Drive manifests outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
+        epoch = max((left["epoch"] if left else 0) + 1, int(self.started))
         return await self._launch("local", epoch, left["port"] if left and self._cut_off else 0)
 
     async def _answers(self, handle: Handle) -> bool:
@@ -1006,30 +1007,31 @@ class Service:
 
     def _bind_drive(self) -> None:
         """Drives in the flow are answered from manifests held here, without I/O."""
-        from orch_drive import DriveStore, ManifestIndex
+        from orch_drive import DriveStore
 
-        self._index: dict[str, ManifestIndex] = {}
-        drives = {"app"}
-        if self.drive_url.startswith("file://") and self.folder.drive.is_dir():
-            drives |= {path.name for path in self.folder.drive.iterdir() if path.is_dir()}
-        for drive in drives:
-            index = self._index.setdefault(drive, ManifestIndex())
-            for manifest in DriveStore(self.drive_url, drive).manifests():
-                index.add(manifest)
+        self._index: dict[str, Any] = {}
         self.program.drive_index = self._index_of
+        if self.folder.drive.is_dir() and not self.options.drive and not self._cut_off:
+            # Killed puts left bytes that no manifest speaks of; nobody writes at this moment.
+            for folder in self.folder.drive.iterdir():
+                if folder.is_dir():
+                    self._pass_thread.submit(DriveStore(self.drive_url, folder.name).gc)
 
     def _index_of(self, drive: str) -> Any:
-        from orch_drive import ManifestIndex
+        """What is known of a drive's files: read once, then kept up to date by what is published."""
+        from orch_drive import DriveStore
 
-        return self._index.setdefault(drive, ManifestIndex())
+        if drive not in self._index:
+            self._index[drive] = DriveStore(self.drive_url, drive).index(all_versions=True)
+        return self._index[drive]
 
     def _file_event(self, drive: str, manifest: dict[str, Any]) -> None:
-        from orch_drive.manifest import Manifest
+        from orch_drive.manifest import from_json
 
-        index = self._index_of(drive)
-        parsed = msgspec.convert(manifest, Manifest)
+        parsed = from_json(manifest)
         if not parsed.partial:
-            self._pass_thread.submit(index.add, parsed)
+            # In the passes' thread: a pass sees one picture of the files.
+            self._pass_thread.submit(lambda: self._index_of(drive).add(parsed))
 
 
 class _Done(Exception):

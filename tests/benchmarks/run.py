@@ -35,7 +35,7 @@ from rich.table import Table  # noqa: E402
 from testkit import RunningApp, free_port, orch_command, wait_until  # noqa: E402
 
 ROUNDS = 5
-log = Console(stderr=True)
+log = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 @dataclass
@@ -81,7 +81,7 @@ def running(name: str, *argv: str) -> Iterator[RunningApp]:
             app.wait_state("/app/stage", lambda stage: stage == "running")
             yield app
         except BaseException:
-            log.print(app.output(), style="dim", markup=False)
+            log.print("\n".join(app.output().splitlines()[-20:]), style="dim", markup=False)
             raise
         finally:
             if left := app.close():
@@ -243,7 +243,7 @@ def fleet(kind: str, count: int, target: float | None, predecessor: float | None
 
 
 def busy(app: RunningApp) -> int:
-    return sum(work["status"]["stage"] in ("pending", "running") for work in app.get("/works"))
+    return sum(work["stage"] in ("pending", "running") for work in app.get("/works"))
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -320,12 +320,9 @@ def version(rounds: int) -> list[Figure]:
 
 
 def imports(rounds: int) -> list[Figure]:
-    times = []
-    for _ in range(max(rounds, 5)):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-P", "-c", "from orch import App, Flow, ScriptWork"], check=True)
-        times.append(time.perf_counter() - started)
-    return [Figure("python -c 'from orch import ...'", "s", times, 0.15, floor="python -c pass")]
+    code = "import time as c; t = c.perf_counter(); from orch import App, Flow, ScriptWork, Work; print(c.perf_counter() - t)"
+    done = [subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=-1) for _ in range(max(rounds, 5))]
+    return [Figure("import orch", "s", [float(one.stdout) for one in done], 0.15, floor="python -c pass")]
 
 
 GROUPS: dict[str, Callable[[int], list[Figure]]] = {

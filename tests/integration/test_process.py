@@ -116,7 +116,7 @@ async def test_a_second_attempt_starts_on_a_line_of_its_own(box: Box) -> None:
 
 
 async def test_what_a_script_finds(box: Box) -> None:
-    """Its own process group, no open files but three, no standard input, default signals, the given environment only."""
+    """A process group of its own, three open files, no input, default signals, the given environment and no more."""
     code = (
         "import json, os, signal, sys; fds = sorted(int(f) for f in os.listdir('/proc/self/fd'));"
         "ignored = [l for l in open('/proc/self/status') if l.startswith(('SigIgn', 'SigBlk'))];"
@@ -465,16 +465,16 @@ async def test_an_app_that_cannot_be_imported(box: Box) -> None:
 
 
 async def test_an_app_named_like_a_module(box: Box) -> None:
-    app = box.folder / "queue.py"
+    app = box.folder / "json.py"
     app.write_text("")
     spawner = Spawner(box.records, warm_app=str(app))
-    with pytest.raises(SpawnError, match="has the name of another module"):
+    with pytest.raises(SpawnError, match="has the name of a module"):
         await spawner.warm()
     await spawner.aclose()
 
 
 async def test_an_error_in_a_python_work_is_its_exit_code(box: Box) -> None:
-    """What is no order for `pywork` ends with a traceback in the log, in a process with its own group and environment."""
+    """What is no order for `pywork` ends with a traceback in the log."""
     (box.folder / "app.py").write_text("")
     spawner = Spawner(box.records, warm_app=str(box.folder / "app.py"))
     process = await spawner.start(box.spec(python={"nonsense": 1}))

@@ -88,7 +88,8 @@ class FakeBackend:
         seen = len(self.log) if after is None else after
         while True:
             async with self._news:
-                await self._news.wait_for(lambda: len(self.log) > seen)
+                while len(self.log) <= seen:
+                    await self._news.wait()
             while seen < len(self.log):
                 seen += 1
                 yield self.log[seen - 1]

@@ -77,7 +77,9 @@ class FakeFlow:
     async def serving(self) -> AsyncIterator[FakeFlow]:
         app = FastAPI()
         app.add_api_route("/agents/v1/push", self._push, methods=["POST"], response_model=None)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # see orch_workers.__main__
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):

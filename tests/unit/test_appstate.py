@@ -45,10 +45,8 @@ def tree() -> dict[str, Any]:
     return {**flow_node({"top": 1}, flows={"ui": page}), "app": {"name": "test", "run": 1, "stage": "running"}}
 
 
-@pytest.fixture(autouse=True)
-def connections() -> Iterator[None]:
-    """A page's process keeps its connections for ever; a test gives them back."""
-    yield
+def close_connections() -> None:
+    """A page's process keeps them for ever; a test gives them back."""
     for server in list(state_module._servers.values()):
         server.close()
 
@@ -62,6 +60,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StateSer
         monkeypatch.setenv("ORCH_FLOW_TOKEN", running.token)
         monkeypatch.setenv("ORCH_FLOW_SCOPE", "ui")
         yield running
+        close_connections()
 
 
 def test_attributes_read_and_write_the_tree(server: StateServer) -> None:
@@ -104,7 +103,7 @@ def test_structures_keep_the_trees_order(server: StateServer) -> None:
 
 def test_unknown_names_and_children_cannot_be_written(server: StateServer) -> None:
     state = AppState()
-    with pytest.raises(AttributeError, match=r"no attribute 'nothing'.*x, flag, rows"):
+    with pytest.raises(AttributeError, match=r"no attribute 'nothing'.*flag, models, named, rows"):
         _ = state.nothing
     with pytest.raises(AttributeError, match="no state variable 'nothing'"):
         state.nothing = 1
@@ -180,9 +179,19 @@ def test_appends_never_conflict(server: StateServer) -> None:
     server.patch_as_flow({"op": "add", "path": "/flows/ui/vars/rows/-", "value": 99})
     state.rows.append(4)
     state.rows += [5]
-    state.rows.extend([6, {"k": []}])
-    state.rows[-1]["k"].append("deep")
-    assert server.value("/flows/ui/vars/rows") == [1, 2, 3, 99, 4, 5, 6, {"k": []}]
+    state.rows.extend([6, 7])
+    assert server.value("/flows/ui/vars/rows") == [1, 2, 3, 99, 4, 5, 6, 7]
+
+
+def test_an_append_within_an_element_reaches_that_element_or_conflicts(server: StateServer) -> None:
+    server.set("/flows/ui/vars/rows", [{"k": []}, {"k": []}])
+    state = AppState()
+    state.rows[1]["k"].append("deep")
+    assert server.value("/flows/ui/vars/rows") == [{"k": []}, {"k": ["deep"]}]
+    server.patch_as_flow({"op": "remove", "path": "/flows/ui/vars/rows/0"})
+    with pytest.raises(StateConflict):
+        state.rows[0]["k"].append("astray")
+    assert server.value("/flows/ui/vars/rows") == [{"k": ["deep"]}]
 
 
 def test_mutations_in_place_reach_the_tree(server: StateServer) -> None:
@@ -253,6 +262,7 @@ def test_without_a_server_it_asks_whether_the_app_runs(monkeypatch: pytest.Monke
         _ = AppState().x
     with pytest.raises(AttributeError, match="is the app running"):
         AppState().x = 1
+    close_connections()
 
 
 def test_a_wrong_token_or_scope_is_said(server: StateServer, monkeypatch: pytest.MonkeyPatch) -> None:

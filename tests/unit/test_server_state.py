@@ -11,8 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fake_backend import FakeBackend
-
-from orch.server.app import create_app
+from http_face import in_memory
 
 PATCH = {"content-type": "application/json-patch+json"}
 
@@ -24,12 +23,8 @@ def backend(tmp_path: Path) -> FakeBackend:
 
 @pytest.fixture
 async def http(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(backend)
-    transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
-    headers = {"authorization": "Bearer app-token"}
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:7501", headers=headers) as client:
+    async with in_memory(backend) as client:
         yield client
-    await app.aclose()
 
 
 def op(path: str, value: Any, verb: str = "replace") -> dict[str, Any]:
@@ -103,15 +98,11 @@ async def test_long_poll_that_is_over_answers_the_value_as_it_is(http: httpx.Asy
 
 async def test_long_poll_ends_with_the_server(backend: FakeBackend) -> None:
     closing = asyncio.Event()
-    app = create_app(backend, closing=closing)
-    transport = httpx.ASGITransport(app=app)  # type: ignore[arg-type]
-    headers = {"authorization": "Bearer app-token"}
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
-        waiting = asyncio.ensure_future(client.get("/api/v1/state/vars/count?after=10&wait=60"))
+    async with in_memory(backend, closing=closing) as http:
+        waiting = asyncio.ensure_future(http.get("/api/v1/state/vars/count?after=10&wait=60"))
         await asyncio.sleep(0.05)
         closing.set()
         assert (await asyncio.wait_for(waiting, 2)).json() == 0
-    await app.aclose()
 
 
 async def test_head_waits_without_a_body(http: httpx.AsyncClient) -> None:

@@ -210,6 +210,8 @@ class ScriptRun:
     def set(self, at: Tokens, name: str, value: Any) -> None:
         """Assign at once. Raises StateTypeError, StateConflict, StateTooLarge."""
         path = (*at, "vars", name)
+        if isinstance(value, list | dict) and value is self._vars_of(at).get(name):
+            return  # `state.rows += [1]` puts the same list back
         new = to_json(value, ".".join(filter(None, (_name(at), name))))
         ops: list[Op] = [{"op": "replace", "path": self._absolute(path), "value": new}]
         if (*self.server.base(), *path) in self.reads:
@@ -264,8 +266,12 @@ class ScriptRun:
             tokens = parse_pointer(op["path"])
             path = self._absolute((*at, "vars", *tokens))
             old = _find(vars_, tokens)
-            if old is not _NOTHING and op["op"] != "test":
-                sent.append({"op": "test", "path": path, "value": copy_json(old)})
+            # An append needs no test, unless the way to its list leads through a place in another list: that may by now
+            # be somebody else's.
+            place = tokens if old is not _NOTHING else _outer_place(vars_, tokens)
+            if place:
+                test = {"op": "test", "path": self._absolute((*at, "vars", *place))}
+                sent.append({**test, "value": copy_json(_find(vars_, place))})
             sent.append({**op, "path": path})
             apply_ops(vars_, [copy_json(op)])
         self._send(sent)
@@ -316,6 +322,14 @@ def _find(tree: Any, tokens: Tokens) -> Any:
         else:
             tree = tree[token]
     return tree
+
+
+def _outer_place(tree: Any, tokens: Tokens) -> Tokens:
+    """The innermost element of a list on the way to a value, () if there is none."""
+    for end in range(len(tokens) - 1, 0, -1):
+        if isinstance(_find(tree, tokens[: end - 1]), list):
+            return tokens[:end]
+    return ()
 
 
 def _name(at: Tokens) -> str:

@@ -253,7 +253,7 @@ class Agent:
         if limit is None:
             return
         while (left := self._heard_at + limit - time.monotonic()) > 0:
-            await asyncio.sleep(left)
+            await asyncio.wait((asyncio.create_task(self.leaving.wait()),), timeout=left)
         log.warning("no contact with the flow for %.0f s: stopping all scripts (orphan guard)", limit)
         await self.shutdown(kill=False)
 

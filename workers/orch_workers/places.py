@@ -39,6 +39,7 @@ def free_port(taken: Container[int], host: str = "") -> int:
         highest = 32_768
     highest = max(highest, _LOWEST + 1_000)
     first = random.randrange(_LOWEST, highest)
+    port: int
     for port in (*range(first, highest), *range(_LOWEST, first)):
         if port not in taken and _can_bind(host, port):
             return port

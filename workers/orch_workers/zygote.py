@@ -59,38 +59,27 @@ def _send(control: socket.socket, answer: dict[str, Any]) -> None:
 
 
 def _import_app(app_file: str, app_argv: list[str]) -> dict[str, str] | None:
-    """Imports app.py as a module of its file's name. None, or what went wrong, for the user to read."""
+    """Imports app.py as the flow server does. None, or what went wrong, for the user to read."""
     import importlib
     import traceback
+    from pathlib import Path
 
     importlib.import_module("orch_workers.pywork")
     if not app_file:
         return None
-    sys.argv = [app_file, *app_argv]
-    folder, name = os.path.dirname(app_file), os.path.splitext(os.path.basename(app_file))[0]
-    sys.path.insert(0, folder)
+    from orch.loader import load_module
+
     try:
-        module = importlib.import_module(name)
+        load_module(Path(app_file), app_argv)
     except BaseException as error:
-        lines = traceback.format_exception(error.with_traceback(_below_import(error.__traceback__)))
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename != app_file:
+            trace = trace.tb_next  # from the user's first line on
+        lines = traceback.format_exception(error.with_traceback(trace))
         return {"error": f"{app_file} cannot be imported: {type(error).__name__}: {error}", "traceback": "".join(lines)}
     finally:
         sys.stdout.flush()
-    found = getattr(module, "__file__", None)
-    if found is None or not os.path.samefile(found, app_file):
-        hint = "rename the app file"
-        return {"error": f"{app_file} has the name of another module ({found or 'built in'}): {hint}", "traceback": ""}
     return None
-
-
-def _below_import(trace: Any) -> Any:
-    """The traceback from the user's first frame on."""
-    while trace is not None and ("importlib" in trace.tb_frame.f_code.co_filename or trace.tb_frame.f_code is _CODE):
-        trace = trace.tb_next
-    return trace
-
-
-_CODE = _import_app.__code__
 
 
 class _Server:

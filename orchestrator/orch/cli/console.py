@@ -32,7 +32,7 @@ class Console:
 
     A terminal that has gone away (SIGHUP, a closed pipe) silences it and never harms the app.
 
-    on_url: called once with the URL and its token, when the app is served.
+    on_url: called once with the URL and its token, when the app is served. ends_by: what ends the app, in words.
     """
 
     def __init__(
@@ -41,12 +41,14 @@ class Console:
         err: TextIO | None = None,
         *,
         on_url: Callable[[str], None] | None = None,
+        ends_by: str = "Ctrl-C",
     ) -> None:
         self._out = sys.stdout if out is None else out
         self._err = sys.stderr if err is None else err
         self._colour = coloured(self._out)
         self._lock = threading.Lock()
         self._on_url = on_url
+        self._ends_by = ends_by
         self._prefixes: dict[str, str] = {}
         self._stages: dict[str, tuple[str, str]] = {}
         self._gone: set[int] = set()
@@ -69,7 +71,8 @@ class Console:
         """The app is served."""
         seconds = time.monotonic() - self._started
         self._write(
-            self._out, f"{self._paint('orch', 'bright_black')} ready after {seconds:.1f} s; Ctrl-C stops the app"
+            self._out,
+            f"{self._paint('orch', 'bright_black')} ready after {seconds:.1f} s; {self._ends_by} stops the app",
         )
         self._write(self._out, f"\n    {self._paint(url_with_token, 'bold')}\n")
         if self._on_url is not None:

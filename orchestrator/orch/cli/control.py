@@ -45,7 +45,7 @@ def stop(args: argparse.Namespace) -> int:
     target = find_target(args.app)
     if args.work is not None:
         with target.client() as client:
-            client.stop(args.work)
+            client.stop_work(args.work)
             stage = _wait_ended(client, args.work, args.timeout)
         sys.stdout.write(f"{args.work}: {stage}\n")
         return 0
@@ -68,7 +68,7 @@ def _wait_unreachable(target: Target, timeout: float) -> bool:
     """For a server on another machine, whose process cannot be looked at."""
     deadline = time.monotonic() + timeout
     with target.client() as client:
-        while client.healthy():
+        while client.alive():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
@@ -77,18 +77,18 @@ def _wait_unreachable(target: Target, timeout: float) -> bool:
 
 def _wait_ended(client: Client, work: str, timeout: float) -> str:
     """The stage in which the work ended. Raises OrchError if it has not by then."""
-    pointer = pointer_of(work, client.get_state()) + "/status"
     deadline = time.monotonic() + timeout
-    status = client.read(pointer)
-    while status.value["stage"] in ("pending", "running", "unknown"):
+    pointer = pointer_of(work, client.state()) + "/status"
+    while True:
+        status, rev = client.read(pointer)
+        if status["stage"] not in ("pending", "running", "unknown"):
+            return str(status["stage"])
         left = deadline - time.monotonic()
         if left <= 0:
             raise OrchError(
-                f"{work} is still {status.value['stage']} after {timeout:.0f} s",
-                hint=f"`orch logs {work}` may tell why",
+                f"{work} is still {status['stage']} after {timeout:g} s", hint=f"`orch logs {work}` may tell why"
             )
-        status = client.read(pointer, after=status.rev, wait=min(left, 10.0))
-    return str(status.value["stage"])
+        client.wait_change(pointer, after=rev, wait=min(left, 10.0))
 
 
 def restart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def restart_arguments(parser: argparse.ArgumentParser) -> None:
 def restart(args: argparse.Namespace) -> int:
     """Stop, then the latest call again."""
     with find_target(args.app).client() as client:
-        client.restart(args.work)
+        client.restart_work(args.work)
     sys.stdout.write(f"{args.work}: restarting\n")
     return 0
 

@@ -128,7 +128,10 @@ def get(args: argparse.Namespace) -> int:
     """Verified; nothing is written if a local file differs and --overwrite was not said."""
     target = find_target(args.app)
     if target.folder is None:
-        return _download(target, args)
+        raise UsageError(
+            f"drive get: {target.url} is on another machine",
+            hint=f"download {target.url}/api/v1/drive/{args.drive}/{args.path} (a folder: with ?zip=true)",
+        )
     store = _store(target, args.drive)
     manifest = store.resolve(args.path, component=args.component, version=args.version, partial=args.partial)
     if manifest is None:
@@ -144,37 +147,6 @@ def get(args: argparse.Namespace) -> int:
         print_json({"to": str(to), "version": manifest.version, "files": written})
     else:
         sys.stdout.write(f"{to}: version {manifest.version}, {len(written)} of {len(manifest.entries)} files written\n")
-    return 0
-
-
-def _download(target: Target, args: argparse.Namespace) -> int:
-    """From an app on another machine: the files one by one."""
-    if args.partial:
-        raise UsageError("drive get: --partial works on the app's own machine only", hint="leave it out")
-    from orch_drive.manifest import ancestors, check_path
-
-    path = check_path(args.path)
-    with target.client() as client:
-        files = client.drive_list(args.drive, component=args.component, recursive=True)
-        names = [file["path"] for file in files if path in ancestors(file["path"])]
-        if not names:
-            raise NotFound(
-                f"drive get: there is no {path!r} on the Drive {args.drive!r}", hint="`orch drive ls` lists it"
-            )
-        to = Path(args.to or posixpath.basename(path)).expanduser()
-        if names == [path]:
-            places = {path: to / posixpath.basename(path) if to.is_dir() else to}
-        else:
-            places = {name: to / posixpath.relpath(name, path) for name in names}
-        if not args.overwrite and (there := [str(place) for place in places.values() if place.exists()]):
-            raise UsageError(f"drive get: {there[0]} exists", hint="--overwrite replaces it")
-        for name, place in places.items():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            client.drive_get(args.drive, name, place, component=args.component, version=args.version)
-    if args.json:
-        print_json({"to": str(to), "files": names})
-    else:
-        sys.stdout.write(f"{to}: {len(names)} file{'' if len(names) == 1 else 's'} written\n")
     return 0
 
 
@@ -269,7 +241,7 @@ def versions(args: argparse.Namespace) -> int:
     target = find_target(args.app)
     if target.folder is None:
         with target.client() as client:
-            found = client.drive_versions(args.drive, args.path, component=args.component)
+            found = client.drive_versions(args.drive, args.path, component=args.component, partial=True)
     else:
         store = _store(target, args.drive)
         found = [msgspec.to_builtins(i) for i in store.versions(args.path, component=args.component, partial=True)]
@@ -302,10 +274,8 @@ def verify(args: argparse.Namespace) -> int:
     """Exit code 1, naming the file, if stored bytes do not match what was published."""
     target = find_target(args.app)
     if target.folder is None:
-        if args.version is not None:
-            raise UsageError("drive verify: --version works on the app's own machine only", hint="leave it out")
         with target.client() as client:
-            count = client.drive_verify(args.drive, args.path, component=args.component)
+            count = client.drive_verify(args.drive, args.path, component=args.component, version=args.version)
     else:
         count = _store(target, args.drive).verify(args.path, component=args.component, version=args.version)
     if args.json:

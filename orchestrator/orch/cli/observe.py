@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import queue
 import sys
@@ -19,7 +18,7 @@ from orch.cli.target import Target, find_target, read_arguments
 from orch.errors import UsageError
 
 if TYPE_CHECKING:
-    from orch.client import Client, ServerEvent
+    from orch.client import Client
 
 __all__ = [
     "events",
@@ -33,8 +32,6 @@ __all__ = [
     "work_row",
 ]
 
-SILENCE = 0.5
-"""Seconds without an event after which all that were kept have been told."""
 COLUMNS = ("WORK", "STAGE", "REASON", "CALL", "ATTEMPT", "SINCE", "PROGRESS", "URL")
 
 
@@ -103,8 +100,8 @@ def _headline(app: dict[str, Any]) -> str:
 
 
 def work_row(work: dict[str, Any], now: float | None = None) -> dict[str, Any]:
-    """One row of the table."""
-    status = work.get("status") or {}
+    """One row of the table: of a work as REST tells it, or of its node in the state tree."""
+    status = work.get("status") or work
     call = _shown_call(work)
     progress = work.get("progress", status.get("progress"))
     reason = status.get("reason") or ""
@@ -131,16 +128,18 @@ def _shown_call(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _watch(target: Target) -> int:
-    """Redraws twice a second, until Ctrl-C or the end of the app."""
+    """Redraws when something has changed, at most four times a second, until Ctrl-C or the end of the app."""
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
+    rev = 0
     with target.client() as client, Live(console=rich_console(), auto_refresh=False, screen=False) as live:
         while True:
             app, works = {**client.app(), "server": True}, client.works()
             live.update(Group(Text(_headline(app)), table(COLUMNS, [work_row(work) for work in works])), refresh=True)
-            time.sleep(0.5)
+            rev = client.wait_change("", after=rev, wait=1.0)
+            time.sleep(0.25)
 
 
 # ---- status --------------------------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ def _lines(target: Target, names: list[str], args: argparse.Namespace) -> Iterat
         yield from _interleaved(target, names, args)
 
 
-def _stream(client: Client, name: str, args: argparse.Namespace) -> Iterator[str]:
+def _stream(client: Client, name: str, args: argparse.Namespace) -> Iterator[bytes]:
     return client.logs(name, call=args.call, tail=args.tail, since=args.since, grep=args.grep, follow=args.follow)
 
 
@@ -281,7 +280,7 @@ def _interleaved(target: Target, names: list[str], args: argparse.Namespace) -> 
             yield name, line
 
 
-def _read_files(target: Target, name: str, args: argparse.Namespace) -> Iterator[str]:
+def _read_files(target: Target, name: str, args: argparse.Namespace) -> Iterator[bytes]:
     from orch.cli.offline import log_files
     from orch.server.logs import LogReader, compile_pattern, parse_since
     from orch.server.redact import StreamRedactor
@@ -299,17 +298,18 @@ def _read_files(target: Target, name: str, args: argparse.Namespace) -> Iterator
         since=parse_since(args.since, time.time()) if args.since else None,
         pattern=compile_pattern(args.grep) if args.grep else None,
     )
-    return codecs.iterdecode(reader.read(), "utf-8", "replace")
+    return reader.read()
 
 
-def _split(pieces: Iterable[str]) -> Iterator[str]:
+def _split(pieces: Iterable[bytes]) -> Iterator[str]:
     """Lines without their ends; a line end that is not there yet is waited for."""
-    rest = ""
+    rest = b""
     for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from lines
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
     if rest:
-        yield rest
+        yield rest.decode(errors="replace")
 
 
 # ---- events --------------------------------------------------------------------------------------------------------
@@ -324,12 +324,8 @@ def events_arguments(parser: argparse.ArgumentParser) -> None:
 
 def events(args: argparse.Namespace) -> int:
     """Those that are kept; with --follow those that come, too."""
-    began = time.time()
     with find_target(args.app).client() as client:
-        kinds = args.kind or ()
-        for event in client.events(args.after, kinds) if args.follow else _kept_events(client, args.after, kinds):
-            if not args.follow and event.data.get("at", 0) > began:
-                break
+        for event in client.events(args.after, kinds=args.kind or (), follow=args.follow):
             if args.json:
                 line = json.dumps({"id": event.id, "kind": event.kind, "data": event.data}, ensure_ascii=False)
             else:
@@ -337,28 +333,6 @@ def events(args: argparse.Namespace) -> int:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
     return 0
-
-
-def _kept_events(client: Client, after: int, kinds: Iterable[str]) -> Iterator[ServerEvent]:
-    """The server's stream has no end; it sends what it has kept at once, so a silence is taken for one."""
-    import httpx
-
-    from orch.client import ServerEvent
-
-    headers = {"authorization": f"Bearer {client.token}"}
-    params = {"after": after, "kinds": ",".join(kinds)}
-    with httpx.Client(base_url=client.url, headers=headers, timeout=10.0, trust_env=False) as http:
-        with http.stream("GET", "/api/v1/events", params=params, timeout=httpx.Timeout(10.0, read=SILENCE)) as response:
-            response.raise_for_status()
-            found: dict[str, str] = {}
-            try:
-                for line in response.iter_lines():
-                    name, _, value = line.partition(": ")
-                    found[name] = value
-                    if name == "data":
-                        yield ServerEvent(int(found["id"]), found["event"], json.loads(value))
-            except httpx.ReadTimeout:
-                return
 
 
 def _brief(data: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         handed = json.load(sys.stdin)
         ready_fd = int(handed.pop("ready_fd"))
         os.set_inheritable(ready_fd, False)
-        return _serve(_from_json(handed), Console(on_url=lambda url: _tell(ready_fd, url)))
+        return _serve(_from_json(handed), Console(on_url=lambda url: _tell(ready_fd, url), ends_by="`orch stop`"))
     options = options_from(args)
     if options.dry_run:
         return _dry_run(options)

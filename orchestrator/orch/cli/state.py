@@ -43,7 +43,7 @@ def get(args: argparse.Namespace) -> int:
         value = _at(tree, pointer_of(args.path, tree))
     else:
         with target.client() as client:
-            tree = client.get_state(rev=args.rev)
+            tree = client.state(rev=args.rev)
         value = _at(tree, pointer_of(args.path, tree))
     _print_value(value, as_json=args.json)
     return 0
@@ -62,8 +62,8 @@ def set(args: argparse.Namespace) -> int:
         value = args.value
         note(f"taken as the string {json.dumps(value, ensure_ascii=False)}")
     with find_target(args.app).client() as client:
-        pointer = args.path if args.path.startswith("/") else pointer_of(args.path, client.get_state())
-        rev = client.put(pointer, value)
+        pointer = args.path if args.path.startswith("/") else pointer_of(args.path, client.state())
+        rev = client.put_state(pointer, value)
     if args.json:
         print_json({"rev": rev, "path": pointer, "value": value})
     else:
@@ -86,7 +86,7 @@ def watch(args: argparse.Namespace) -> int:
     with find_target(args.app).client() as client:
         pointer = args.path
         if pointer and not pointer.startswith("/"):
-            pointer = pointer_of(pointer, client.get_state())
+            pointer = pointer_of(pointer, client.state())
         for event in client.events(kinds=("diff",)):
             ops = [op for op in event.data["ops"] if _touches(op, pointer)]
             if not ops:
@@ -115,7 +115,7 @@ def history(args: argparse.Namespace) -> int:
         revisions = history_offline(target, pointer_of(args.path, tree), args.limit)
     else:
         with target.client() as client:
-            pointer = args.path if args.path.startswith("/") else pointer_of(args.path, client.get_state())
+            pointer = args.path if args.path.startswith("/") else pointer_of(args.path, client.state())
             revisions = client.history(pointer, limit=args.limit)
     if args.json:
         print_json(revisions)
