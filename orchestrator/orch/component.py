@@ -110,7 +110,7 @@ class _Meta(type):
     """Records constructor arguments, and knows when `__init__` is over."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        component = cls.__new__(cls, *args, **kwargs)
+        component: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         where = cls.__name__
         record = ComponentRecord(
             module=cls.__module__,

@@ -24,7 +24,7 @@ class _Declared:
         return cls(**data)
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and other.to_state() == self.to_state()  # type: ignore[attr-defined]
+        return type(other) is type(self) and other.to_state() == self.to_state()
 
     def __hash__(self) -> int:
         return hash(repr(self))

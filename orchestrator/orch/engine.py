@@ -55,6 +55,7 @@ __all__ = [
     "Event",
     "Exit",
     "FileEvent",
+    "FilePublished",
     "Frontends",
     "Hidden",
     "Instruction",
@@ -102,47 +103,47 @@ class Event(Base, frozen=True, kw_only=True):
     """Answered by `Reply(ticket)` when not 0."""
 
 
-class Patch(Event):
+class Patch(Event, frozen=True, kw_only=True):
     ops: list[Op]
     cause: str
     match: tuple[str, int] | None = None
 
 
-class Pushed(Event):
+class Pushed(Event, frozen=True, kw_only=True):
     push: Push
 
 
-class AskCall(Event):
+class AskCall(Event, frozen=True, kw_only=True):
     work: str
     args: list[Any] = msgspec.field(default_factory=list)
     kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class StopWork(Event):
+class StopWork(Event, frozen=True, kw_only=True):
     work: str
 
 
-class RestartWork(Event):
+class RestartWork(Event, frozen=True, kw_only=True):
     work: str
 
 
-class StopApp(Event):
+class StopApp(Event, frozen=True, kw_only=True):
     message: str = ""
     code: int = 0
     kill: bool = False
     """Do not wait for the works' grace."""
 
 
-class ApiRequest(Event):
+class ApiRequest(Event, frozen=True, kw_only=True):
     method: Any
     """() -> value, run between passes."""
 
 
-class PassEnded(Event):
+class PassEnded(Event, frozen=True, kw_only=True):
     result: PassResult
 
 
-class AgentUp(Event):
+class AgentUp(Event, frozen=True, kw_only=True):
     """The runtime placed (or adopted) an agent and it answers."""
 
     agent: str
@@ -150,89 +151,96 @@ class AgentUp(Event):
     status: AgentStatus
 
 
-class AgentFailed(Event):
+class AgentFailed(Event, frozen=True, kw_only=True):
     agent: str
     message: str
 
 
-class PlacedWorks(Event):
+class PlacedWorks(Event, frozen=True, kw_only=True):
     agent: str
     placed: list[Placed]
 
 
-class StartAnswered(Event):
+class StartAnswered(Event, frozen=True, kw_only=True):
     replies: list[StartReply]
     works: list[str]
 
 
-class AgentPolled(Event):
+class AgentPolled(Event, frozen=True, kw_only=True):
     agent: str
     status: AgentStatus | None
     """None: silent for longer than `Config.unknown_after`."""
 
 
-class Hidden(Event):
+class Hidden(Event, frozen=True, kw_only=True):
     """Pages' own servers, as the service declares them for the layout's frontends."""
 
     specs: list[WorkSpec]
 
 
-class Tick(Event):
+class FilePublished(Event, frozen=True, kw_only=True):
+    """A Drive path was published or deleted by way of REST."""
+
+    drive: str
+    manifest: dict[str, Any]
+
+
+class Tick(Event, frozen=True, kw_only=True):
     pass
 
 
 # ---- instructions -------------------------------------------------------------------------------------------------------
 
 
-class Instruction(Base):
+class Instruction(Base, frozen=True, kw_only=True):
     pass
 
 
-class Reply(Instruction):
+class Reply(Instruction, frozen=True, kw_only=True):
     ticket: int
     value: Any = None
     error: BaseException | None = None
 
 
-class RunPass(Instruction):
+class RunPass(Instruction, frozen=True, kw_only=True):
     given: PassInput
 
 
-class RunMethod(Instruction):
+class RunMethod(Instruction, frozen=True, kw_only=True):
     given: PassInput
     method: Any
 
 
-class LaunchAgent(Instruction):
+class LaunchAgent(Instruction, frozen=True, kw_only=True):
     agent: str
 
 
-class PlaceWorks(Instruction):
+class PlaceWorks(Instruction, frozen=True, kw_only=True):
     agent: str
     works: list[Place]
 
 
-class StartCalls(Instruction):
+class StartCalls(Instruction, frozen=True, kw_only=True):
     agent: str
     calls: list[StartCall]
 
 
-class StopCalls(Instruction):
+class StopCalls(Instruction, frozen=True, kw_only=True):
     agent: str
     calls: list[StopCall]
 
 
-class ForgetWorks(Instruction):
+class ForgetWorks(Instruction, frozen=True, kw_only=True):
     agent: str
     works: list[str]
 
 
-class SendDiffs(Instruction):
+class SendDiffs(Instruction, frozen=True, kw_only=True):
     agent: str
     diffs: list[Diff]
 
 
-class Revised(Instruction):
+class Revised(Instruction, frozen=True, kw_only=True):
     """A revision was accepted (for event streams and long polls)."""
 
     rev: int
@@ -241,7 +249,7 @@ class Revised(Instruction):
     ops: list[Op]
 
 
-class Shown(Instruction):
+class Shown(Instruction, frozen=True, kw_only=True):
     """A work's stage as a line for the console and the event stream."""
 
     work: str
@@ -250,40 +258,40 @@ class Shown(Instruction):
     hidden: bool = False
 
 
-class Layout(Instruction):
+class Layout(Instruction, frozen=True, kw_only=True):
     tabs: list[dict[str, Any]]
 
 
-class Frontends(Instruction):
+class Frontends(Instruction, frozen=True, kw_only=True):
     frontends: dict[str, dict[str, Any]]
 
 
-class FileEvent(Instruction):
+class FileEvent(Instruction, frozen=True, kw_only=True):
     """A Drive manifest was committed."""
 
     drive: str
     manifest: dict[str, Any]
 
 
-class Note(Instruction):
+class Note(Instruction, frozen=True, kw_only=True):
     level: str
     text: str
 
 
-class Exit(Instruction):
+class Exit(Instruction, frozen=True, kw_only=True):
     code: int
     message: str
     kill: bool = False
 
 
-class ReloadProgram(Instruction):
+class ReloadProgram(Instruction, frozen=True, kw_only=True):
     """The flow's objects must take the tree's values again (an API method raised)."""
 
 
 # ---- the engine ---------------------------------------------------------------------------------------------------------
 
 
-class Config(Base):
+class Config(Base, frozen=True, kw_only=True):
     app: str
     run: int
     base_url: str
@@ -625,6 +633,7 @@ class Engine:
             StartAnswered: self._start_answered,
             AgentPolled: self._agent_polled,
             Hidden: self._hidden_works,
+            FilePublished: self._file_published,
             Tick: self._tick,
         }
         try:
@@ -817,6 +826,11 @@ class Engine:
         work.files = (published + kept)[:SHOWN_FILES]
         self._touch(work)
         self._wake()
+
+    def _file_published(self, event: FilePublished, now: float) -> None:
+        self._emit(FileEvent(drive=event.drive, manifest=event.manifest))
+        self._wake()
+        self._answer(event)
 
     def _ended(self, work: _Work, item: Ended, now: float) -> None:
         call = self._current(work, item.call, item.attempt)
@@ -1565,7 +1579,7 @@ class Engine:
         }
 
 
-class _Rest(Pushed):
+class _Rest(Pushed, frozen=True, kw_only=True):
     """The part of a push that waits behind a pass, with the results of the part before it."""
 
     results: list[ItemResult] = msgspec.field(default_factory=list)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orch.component import Component, reserved_names
 from orch.errors import StateTypeError
 from orch.structures import Dict, List, Structure
 from orch.work import Work
+
+if TYPE_CHECKING:
+    from orch.program import Pass
 
 __all__ = ["Flow"]
 
@@ -138,7 +141,7 @@ class Flow(Component):
             if isinstance(child, Flow):
                 yield child
 
-    def _in_pass(self, what: str) -> Any:
+    def _in_pass(self, what: str) -> Pass:
         program = self._find_program()
         current = program.current if program is not None else None
         if current is None:

@@ -48,7 +48,11 @@ def load_app(path: Path, argv: list[str]) -> App:
         raise UsageError(f"{path.name}, line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
         where = next(
-            (f", line {f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == str(path)),
+            (
+                f", line {f.lineno}"
+                for f in reversed(traceback.extract_tb(error.__traceback__))
+                if f.filename == str(path)
+            ),
             "",
         )
         hint = error.hint if isinstance(error, OrchError) else ""

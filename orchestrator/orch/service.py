@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -31,7 +31,7 @@ import msgspec
 
 from orch import engine as e
 from orch._version import __version__
-from orch.errors import JournalError, NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
+from orch.errors import NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
 from orch.journal import Batch, Journal, Revision
 from orch.loader import load_app
 from orch.logtail import LogTail, last_lines
@@ -45,16 +45,12 @@ from orch.wire import (
     AgentSpec,
     AgentStatus,
     Attach,
-    Diff,
     Op,
-    Place,
     Placed,
     Push,
     PushReply,
     Shutdown,
-    StartCall,
     StartReply,
-    StopCall,
     decode,
     encode,
 )
@@ -309,7 +305,7 @@ class Service:
 
         return ApiRoute(method=route.method, route=route.route, endpoint=route.endpoint, invoke=invoke)
 
-    async def _finish_start(self, server: Any, agent_ready: asyncio.Future[AgentStatus], name: str | None) -> None:
+    async def _finish_start(self, server: Any, agent_ready: asyncio.Future[AgentStatus | None], name: str | None) -> None:
         """The app runs already; now the HTTP routes, the agent, and the URL for the user."""
         self.folder.write_server(
             ServerInfo(
@@ -625,7 +621,7 @@ class Service:
                 await link.wake.wait()
                 continue
             kind = link.queue[0][0]
-            batch = []
+            batch: list[Any] = []
             for queued, message in link.queue:
                 if queued != kind or len(batch) >= 1000:
                     break
@@ -644,7 +640,9 @@ class Service:
                 link.queue.popleft()
             link.heard = time.monotonic()
             if status != 200:
-                self.console.warn(f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}")
+                self.console.warn(
+                    f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}"
+                )
                 continue
             if kind == "place":
                 self._put(e.PlacedWorks(agent=link.agent, placed=decode(list[Placed], body)))
@@ -775,7 +773,9 @@ class Service:
         if work is None:
             raise NotFound(f"there is nothing to see of {component!r}")
         if work.ready and work.port:
-            return UpstreamTarget(component, work.host or "127.0.0.1", work.port, f"/view/{component}", work.spec.prefix)
+            return UpstreamTarget(
+                component, work.host or "127.0.0.1", work.port, f"/view/{component}", work.spec.prefix
+            )
         call = work.book.shown
         stage = str(call.stage) if call is not None else "not_started"
         message = self.redacted(call.message) if call is not None else work.failed_to_place
@@ -924,6 +924,12 @@ class Service:
     async def stop_app(self, message: str) -> None:
         self.console.stopping(self._longest_grace())
         await self._ask(lambda ticket: e.StopApp(ticket=ticket, message=message))
+
+    async def published(self, drive: str, manifest: dict[str, Any]) -> None:
+        await self._ask(lambda ticket: e.FilePublished(ticket=ticket, drive=drive, manifest=manifest))
+
+    def last_event(self) -> int:
+        return self._event_id
 
     def api_routes(self) -> list[ApiRoute]:
         return self._routes
@@ -1085,6 +1091,3 @@ def _merged(node: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
     if "calls" in node and "calls" in kept:
         node["calls"] = kept["calls"]
     return node
-
-
-_unused = (replace, JournalError, StartCall, StopCall, Place, Diff)

@@ -14,6 +14,7 @@ import heapq
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -373,10 +374,8 @@ class AppTester:
                 for stop in calls:
                     fake = self.fake(stop.work)
                     if fake.current is not None:
-                        current = fake.current
-                        reason = stop.reason
                         after = min(fake.stop_after, stop.grace)
-                        self._later(after, lambda f=fake, c=current, r=reason: self._finish(f, c, reason=r))
+                        self._later(after, partial(self._finish, fake, fake.current, reason=stop.reason))
             case Note(text=text):
                 self.notes.append(text)
             case Exit(code=code, message=message):

@@ -16,10 +16,10 @@ flow -> agent
 agent -> flow
     POST <flow>/agents/v1/push   Push    -> PushReply     409 when the epoch is stale
 
-Order. An agent numbers what it reports (`seq`, from 1 in an incarnation). A push carries items `seq, seq+1, ...`; the flow
-skips what it already has, so a push sent twice takes effect once. The flow tells an agent about every accepted revision
-under its works' vars, its own included: those carry the `seq` that caused them (and no ops when they were taken as sent),
-which is how an agent orders its own writes among the others'.
+Order. An agent numbers what it reports (`seq`, from 1 in an incarnation). A push carries items `seq, seq+1, ...`; the
+flow skips what it already has, so a push sent twice takes effect once. The flow tells an agent about every accepted
+revision under its works' vars, its own included: those carry the `seq` that caused them (and no ops when they were taken
+as sent), which is how an agent orders its own writes among the others'.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of all messages: immutable, unknown fields are ignored (an older peer may send fewer, a newer one more)."""
 
 
-class AgentSpec(Message):
+class AgentSpec(Message, frozen=True, kw_only=True):
     """Everything an agent needs to start; it is read from a 0600 file named on its command line."""
 
     agent: str
@@ -90,7 +90,7 @@ class AgentSpec(Message):
     protocol: int = PROTOCOL
 
 
-class ComponentRecord(Message):
+class ComponentRecord(Message, frozen=True, kw_only=True):
     """How to build a component again: an importable class and its JSON constructor arguments."""
 
     module: str
@@ -99,14 +99,14 @@ class ComponentRecord(Message):
     kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class WorkVars(Message):
+class WorkVars(Message, frozen=True, kw_only=True):
     """The vars of one work as the tree has them at `rev`."""
 
     rev: int
     vars: dict[str, Any]
 
 
-class Attach(Message):
+class Attach(Message, frozen=True, kw_only=True):
     flow_url: str
     epoch: int
     acked: int = 0
@@ -114,7 +114,7 @@ class Attach(Message):
     works: dict[str, WorkVars] = msgspec.field(default_factory=dict)
 
 
-class Place(Message):
+class Place(Message, frozen=True, kw_only=True):
     """Put a work on this agent. `port=None`: the agent picks a free one and keeps it for the work's life."""
 
     work: str
@@ -127,14 +127,14 @@ class Place(Message):
     """A Python Work: warm the fork server now."""
 
 
-class Placed(Message):
+class Placed(Message, frozen=True, kw_only=True):
     work: str
     host: str = ""
     port: int = 0
     error: str = ""
 
 
-class StartCall(Message):
+class StartCall(Message, frozen=True, kw_only=True):
     """One attempt of one call. The agent starts it at most once, whatever is sent twice."""
 
     work: str
@@ -168,14 +168,14 @@ class StartCall(Message):
     sync_interval: float = 2.0
 
 
-class StartReply(Message):
+class StartReply(Message, frozen=True, kw_only=True):
     call: str
     attempt: int
     accepted: bool = True
     error: str = ""
 
 
-class StopCall(Message):
+class StopCall(Message, frozen=True, kw_only=True):
     work: str
     call: str
     attempt: int
@@ -184,7 +184,7 @@ class StopCall(Message):
     """"stopped" or "replaced": reported back in `Ended.reason`."""
 
 
-class Diff(Message):
+class Diff(Message, frozen=True, kw_only=True):
     """One accepted revision under one work's vars."""
 
     work: str
@@ -194,21 +194,21 @@ class Diff(Message):
     """Set when this agent's own item caused it; `ops` is then None if it was taken as sent."""
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True, kw_only=True):
     kill: bool = False
 
 
-# ---- what agents report -------------------------------------------------------------------------------------------------
+# ---- what agents report ---------------------------------------------------------------------------------------------
 
 
-class VarOps(Message, tag="vars"):
+class VarOps(Message, tag="vars", frozen=True, kw_only=True):
     work: str
     ops: list[Op]
     call: str | None = None
     base_rev: int | None = None
 
 
-class Started(Message, tag="started"):
+class Started(Message, tag="started", frozen=True, kw_only=True):
     work: str
     call: str
     attempt: int
@@ -216,7 +216,7 @@ class Started(Message, tag="started"):
     at: float
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, tag="ready", frozen=True, kw_only=True):
     """The work answers on its port (`ready=False`: it did and does not any more)."""
 
     work: str
@@ -226,7 +226,7 @@ class Ready(Message, tag="ready"):
     ready: bool = True
 
 
-class Ended(Message, tag="ended"):
+class Ended(Message, tag="ended", frozen=True, kw_only=True):
     """An attempt is over: its outputs are published and its last diff lies before this item."""
 
     work: str
@@ -243,7 +243,7 @@ class Ended(Message, tag="ended"):
     last_lines: list[str] = msgspec.field(default_factory=list)
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, tag="progress", frozen=True, kw_only=True):
     """At most twice a second a work. None / empty: unchanged."""
 
     work: str
@@ -252,7 +252,7 @@ class Progress(Message, tag="progress"):
     metrics: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Published(Message, tag="published"):
+class Published(Message, tag="published", frozen=True, kw_only=True):
     """A version of a Drive path was committed. `manifest` is the manifest's JSON (see orch_drive.manifest)."""
 
     work: str
@@ -264,7 +264,7 @@ class Published(Message, tag="published"):
 Item = VarOps | Started | Ready | Ended | Progress | Published
 
 
-class Push(Message):
+class Push(Message, frozen=True, kw_only=True):
     agent: str
     epoch: int
     seq: int
@@ -273,7 +273,7 @@ class Push(Message):
     protocol: int = PROTOCOL
 
 
-class ItemResult(Message):
+class ItemResult(Message, frozen=True, kw_only=True):
     seq: int
     rev: int = 0
     error: str = ""
@@ -281,13 +281,13 @@ class ItemResult(Message):
     """HTTP status of the error, for a script that is waiting for its PATCH."""
 
 
-class PushReply(Message):
+class PushReply(Message, frozen=True, kw_only=True):
     acked: int
     """Last item number that is journalled."""
     results: list[ItemResult] = msgspec.field(default_factory=list)
 
 
-class WorkReport(Message):
+class WorkReport(Message, frozen=True, kw_only=True):
     """What an agent knows of one placed work: the same facts as the items, for the poll."""
 
     work: str
@@ -302,7 +302,7 @@ class WorkReport(Message):
     ended: Ended | None = None
 
 
-class AgentStatus(Message):
+class AgentStatus(Message, frozen=True, kw_only=True):
     agent: str
     epoch: int
     pid: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -12,6 +12,9 @@ from orch.component import Component, reserved_names
 from orch.compute import BuildConfig, CloudCompute
 from orch.errors import CallError, StateTypeError
 from orch.wire import ComponentRecord
+
+if TYPE_CHECKING:
+    from orch.program import Pass
 
 __all__ = ["Status", "Work", "WorkSpec", "WorkView"]
 
@@ -223,7 +226,7 @@ class Work(Component):
         """Stop, then the latest call again."""
         self._in_pass("restart").restart_work(self)
 
-    def _in_pass(self, what: str) -> Any:
+    def _in_pass(self, what: str) -> Pass:
         program = self._find_program()
         if program is None or program.current is None:
             raise CallError(f"{self.name}.{what}() was called outside a pass: call it in a Flow's run()")

@@ -320,7 +320,7 @@ def version(rounds: int) -> list[Figure]:
 
 
 def imports(rounds: int) -> list[Figure]:
-    code = "import time as c; t = c.perf_counter(); from orch import App, Flow, ScriptWork, Work; print(c.perf_counter() - t)"
+    code = "import time as t; then = t.perf_counter(); from orch import App, Flow, Work; print(t.perf_counter() - then)"
     done = [subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=-1) for _ in range(max(rounds, 5))]
     return [Figure("import orch", "s", [float(one.stdout) for one in done], 0.15, floor="python -c pass")]
 

@@ -138,7 +138,7 @@ def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     # state
     assert cli("state", "get", "child.words")[0].split() == ["[", '"a"', "]"]
     assert cli("state", "set", "child.words", '["b"]')[0].startswith('/flows/child/vars/words = ["b"] (revision ')
-    out, err = cli("state", "set", "/flows/child/vars/words/0", "two words")
+    err = cli("state", "set", "/flows/child/vars/words/0", "two words")[1]
     assert err == 'orch: taken as the string "two words"\n'
     assert cli.json("state", "get", "/flows/child/vars") == {"words": ["two words"]}
     history = cli.json("state", "history", "child.words")

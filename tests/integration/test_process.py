@@ -99,13 +99,25 @@ async def test_a_signal_is_named(box: Box) -> None:
     assert (ended.exit_code, ended.signal, ended.signal_name) == (None, signal.SIGSEGV, "SIGSEGV")
 
 
-async def test_the_end_is_seen_soon(box: Box) -> None:
-    delays = []
-    for n in range(7):
-        process = await box.spawner.start(box.spec("true", key=f"1-train-{n}.1"))
-        ended = await process.wait()
-        delays.append(time.time() - ended.at)
-    assert sorted(delays)[3] < 0.02
+async def test_ends_are_told_not_asked_for(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for a next look: with an hour between looks the end is known at once all the same."""
+    monkeypatch.setattr(process_module, "POLL", 3600.0)
+    process = await box.child("waits_for_go.py")
+    await box.ready()
+    waiting = [asyncio.create_task(process.wait()), asyncio.create_task(process.wait())]
+    going = asyncio.create_task(process.gone())
+    await asyncio.sleep(0)
+    (box.folder / "go").write_text("6")
+    async with asyncio.timeout(LONG):
+        assert [(await task).exit_code for task in waiting] == [6, 6]
+        await going
+
+
+async def test_the_end_does_not_wait_for_what_is_left(box: Box) -> None:
+    process = await box.child("forks_and_exits.py", grace=600.0)
+    async with asyncio.timeout(LONG):
+        assert (await process.wait()).exit_code == 3
+    assert lives(int(await box.ready("child"))) and process.alive
 
 
 async def test_a_second_attempt_starts_on_a_line_of_its_own(box: Box) -> None:

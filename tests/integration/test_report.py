@@ -108,3 +108,8 @@ def test_the_import_stays_light() -> None:
     heavy = "{'asyncio', 'httpx', 'msgspec', 'orch', 'orch_drive', 'fastapi'}"
     ended = run(f"import sys; report(x=1); print({heavy} & set(sys.modules))")
     assert ended.stdout == "set()\n"
+
+
+def test_it_does_not_matter_which_way_it_is_imported() -> None:
+    ended = run("import orch_workers.report\nfrom orch_workers import report\nreport(x=1); orch_workers.report(x=1)")
+    assert (ended.returncode, ended.stderr) == (0, "")

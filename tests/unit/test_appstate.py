@@ -298,7 +298,9 @@ def test_what_was_read_is_known(server: StateServer) -> None:
     assert not run.affected(head + 1, [("flows", "ui", "vars", "text"), ("flows", "ui", "vars", "xx")])
     assert not run.affected(head, [("flows", "ui", "vars", "x")])
     state.x = 5
-    assert not run.affected(server.tree.rev, [("flows", "ui", "vars", "x")])  # its own write
+    assert run.affected(server.tree.rev, [("flows", "ui", "vars", "x")])  # what was shown before is old now
+    run.automatic = True
+    assert not run.affected(server.tree.rev, [("flows", "ui", "vars", "x")])  # but not for ever
 
 
 def test_errors_are_state_errors(server: StateServer) -> None:

@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+
 from orch_workers import metrics as metrics_module
 from orch_workers.metrics import CsvMetrics, EventMetrics, MetricsReader
 

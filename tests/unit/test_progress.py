@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from orch_workers.progress import LINE_BYTES, ProgressParser, epochs_in
 
 DATA = Path(__file__).resolve().parent.parent / "data"

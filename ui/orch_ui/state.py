@@ -174,6 +174,8 @@ class ScriptRun:
         self.reads: set[Tokens] = set()
         self.log_reads: set[str] = set()
         self.own: set[int] = set()
+        self.automatic = False
+        """Nobody clicked: the script runs because something changed."""
         self.rev: int | None = None
         """Every change of the scope up to this revision is in the snapshot; None before the first read."""
         self._tree: Any = None
@@ -223,8 +225,12 @@ class ScriptRun:
         self._vars_of(at).apply([change], in_place=False)
 
     def affected(self, rev: int, paths: list[Tokens]) -> bool:
-        """Whether a revision changed something that this run has read (and did not write itself)."""
-        if self.rev is None or rev <= self.rev or rev in self.own:
+        """Whether a revision changed something that this run has read.
+
+        What a run wrote itself counts as well, it may have shown the old value before; unless it was such a change that
+        brought about the run: a page that writes whenever it runs would run for ever.
+        """
+        if self.rev is None or rev <= self.rev or (self.automatic and rev in self.own):
             return False
         return any(
             path[: len(read)] == read or read[: len(path)] == path for path in paths for read in tuple(self.reads)

@@ -37,6 +37,7 @@ class _Session:
         self.run: ScriptRun | None = None
         self.running = False
         self.wanted = False
+        self.automatic = False
         self.logged = 0.0
 
 
@@ -49,6 +50,7 @@ class Watcher:
         self._sessions: dict[str, _Session] = {}
         self._changes: deque[tuple[int, list[Tokens]]] = deque(maxlen=KEPT)
         self._connected = threading.Event()
+        self._known = False
         self._log_thread: threading.Thread | None = None
         threading.Thread(target=self._follow, args=("diff",), name="orch-state-events", daemon=True).start()
 
@@ -57,6 +59,7 @@ class Watcher:
         self._connected.wait(timeout=1.0)
         with self._lock:
             session = self._sessions.setdefault(session_id, _Session())
+            run.automatic, session.automatic = session.automatic, False
             session.run, session.running, session.wanted = run, True, False
 
     def end(self, session_id: str) -> None:
@@ -111,6 +114,12 @@ class Watcher:
             return
         self._connected.set()
         with self._lock:
+            again, self._known = self._known, True
+            if again:  # it may be another server, whose revisions say nothing about ours
+                self._changes.clear()
+                for session_id, session in self._sessions.items():
+                    self._ask(session_id, session)
+                return
             runs = [(key, session) for key, session in self._sessions.items() if session.run and session.run.reads]
         for session_id, session in runs:
             run = session.run
@@ -171,4 +180,5 @@ class Watcher:
         if info.session._scriptrunner is not None:  # a click is about to run, or the last run is being tidied up
             loop.call_later(BUSY_PAUSE, self._rerun, session_id, loop)
             return
+        session.automatic = True
         info.session.request_rerun(None)

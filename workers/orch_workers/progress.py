@@ -44,7 +44,7 @@ _PERCENT = re.compile(
     re.IGNORECASE,
 )
 _EPOCHS = re.compile(
-    r"(?<![a-z])(?:max_|num_|n_|num_train_)?epochs\b['\"]?(?: *[=:] *| +)(?P<m>[1-9]\d*)\b(?![./%])", re.IGNORECASE
+    r"(?<![a-z_])(?:max_|num_|n_|num_train_)?epochs\b['\"]?(?: *[=:] *| +)(?P<m>[1-9]\d*)\b(?![./%])", re.IGNORECASE
 )
 _SANITY = re.compile(r"\bsanity", re.IGNORECASE)
 _ASIDE = re.compile(r"\b(?:valid|val\b|eval|test|predict)", re.IGNORECASE)
@@ -52,7 +52,7 @@ _ASIDE = re.compile(r"\b(?:valid|val\b|eval|test|predict)", re.IGNORECASE)
 
 def epochs_in(words: Sequence[str]) -> int | None:
     """The number of epochs that a command line asks for (`--trainer.max_epochs 3`, `--epochs=3`), if it says so."""
-    found = _EPOCHS.search(" ".join(word.replace("-", "_") if word.startswith("-") else word for word in words))
+    found = _EPOCHS.search(" ".join(word.lstrip("-").replace("-", "_") for word in words))
     return int(found["m"]) if found else None
 
 
@@ -115,7 +115,7 @@ class ProgressParser:
         """The last `n` lines that are not blank, the unfinished one included, as a terminal would end up showing them:
         of pieces separated by \\r the last, without colours and cursor movements, at most 2,000 characters each."""
         found: list[str] = []
-        for raw in reversed([*self._lines, self._pending if self._pending.strip() else self._shown]):
+        for raw in reversed([*self._lines, self._shown if _blank(self._pending) else self._pending]):
             if len(found) >= n:
                 break
             text = _clean(raw).rstrip()
@@ -125,7 +125,7 @@ class ProgressParser:
 
     def _show(self, pieces: Sequence[bytes]) -> None:
         for piece in reversed(pieces):
-            if piece and not piece.isspace():
+            if not _blank(piece):
                 self._shown = piece
                 return
 
@@ -219,6 +219,12 @@ class ProgressParser:
         value = min(1.0, max(0.0, value))
         if fresh or self._progress is None or value > self._progress:
             self._progress = value
+
+
+def _blank(piece: bytes) -> bool:
+    if b"\x1b" in piece:
+        return not _clean(piece[:LINE_BYTES]).strip()
+    return not piece or piece.isspace()
 
 
 def _clean(raw: bytes) -> str:

@@ -57,11 +57,11 @@ def main(payload: dict[str, Any]) -> int:
     code = 0
     try:
         with _sigterm_raises():
+            link = LiveLink(order, os.environ["ORCH_TOKEN"])
+            _bind_drives(order, link)  # before the constructor makes any
             work = _build(order)
-            link = LiveLink(order, work._vars, os.environ["ORCH_TOKEN"])
-            _bind_drives(order, link)
             work._vars.load(order.vars)
-            link.start()
+            link.start(work._vars)
             try:
                 result = _run(work, order)
                 outcome = msgspec.structs.replace(outcome, result=result)
@@ -182,10 +182,10 @@ class LiveLink:
     Everything that touches the vars, the numbers and the queue does so under one lock, which is also the lock of the
     vars: a change and its place in the order are one step."""
 
-    def __init__(self, order: WorkOrder, vars: Vars, token: str) -> None:
+    def __init__(self, order: WorkOrder, token: str) -> None:
         self._order = order
-        self._vars = vars
         self._token = token
+        self._vars: Vars
         self._lock = threading.RLock()
         self._live = LiveVars(order.rev, order.vars)
         self._open: list[Op] = []
@@ -197,9 +197,10 @@ class LiveLink:
         self._settled = threading.Condition(self._lock)
         self._ending = False
 
-    def start(self) -> None:
-        """From here on changes are reported and applied."""
+    def start(self, vars: Vars) -> None:
+        """From here on changes of `vars` are reported, and those of others applied to them."""
         with self._lock:
+            self._vars = vars
             self._vars._lock = self._lock
             self._vars._report = self._changed
         for target in (self._send_loop, self._receive_loop):

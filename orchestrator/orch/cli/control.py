@@ -140,12 +140,14 @@ def dashboard(args: argparse.Namespace) -> int:
         raise target.not_running()
     spec = importlib.util.find_spec("orch_ui.dashboard.main")
     if spec is None or spec.origin is None:
-        raise UsageError("dashboard: this installation has no dashboard", hint="pip install 'orch[ui]'")
+        raise UsageError(
+            "dashboard: this version has none yet", hint="`orch status` and `orch ps --watch` show the same"
+        )
     command = [sys.executable, "-P", "-m", "streamlit", "run", spec.origin, "--server.address=127.0.0.1"]
     command += ["--browser.gatherUsageStats=false", f"--server.headless={str(not _opens(args)).lower()}"]
     if args.port is not None:
         command.append(f"--server.port={args.port}")
-    env = {**os.environ, "ORCH_URL": target.url, "ORCH_TOKEN": target.token}
+    env = {**os.environ, "ORCH_FLOW_URL": target.url, "ORCH_FLOW_TOKEN": target.token}
     note("dashboard; Ctrl-C ends it")
     child = subprocess.Popen(command, env=env)
     try:

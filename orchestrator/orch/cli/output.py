@@ -9,8 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orch.errors import OrchError, UsageError
-from orch_drive.errors import DriveError
+from orch.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -42,8 +41,10 @@ def coloured(stream: Any) -> bool:
 
 def error_line(error: BaseException) -> str:
     """`orch: what, where; hint`, always one line."""
-    if isinstance(error, OrchError | DriveError):
-        text, hint = error.message, error.hint
+    message, hint = getattr(error, "message", None), getattr(error, "hint", "")
+    if isinstance(message, str) and isinstance(hint, str):
+        # OrchError and DriveError, which are two trees.
+        text = message
     elif isinstance(error, OSError) and error.strerror:
         text, hint = ": ".join(str(part) for part in (error.filename, error.strerror) if part), ""
     else:

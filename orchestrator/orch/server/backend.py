@@ -71,7 +71,9 @@ class Backend(Protocol):
     token: str
     drive_url: str
     """fsspec URL of the app's Drive root, e.g. file:///x/.orch/drive"""
-    secret_values: Callable[[], list[str]]
+
+    def secret_values(self) -> list[str]:
+        """What must never be shown."""
 
     # -- state
     async def read(self, pointer: str, rev: int | None = None) -> tuple[Any, int, int]:
