@@ -63,7 +63,7 @@ class Studio(Flow):
         )
         # A ServiceWork stays up. reload: what others publish on the Drive arrives while it runs.
         self.diag = ServiceWork(
-            "tensorboard --logdir lightning_logs --load_fast=false --host {host} --port {port} "
+            "tensorboard --logdir lightning_logs --load_fast=false --reload_interval 2 --host {host} --port {port} "
             "--path_prefix {base_path}",
             reload=["lightning_logs"],
         )

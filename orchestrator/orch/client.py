@@ -320,16 +320,20 @@ def _route(prefix: str, pointer: str) -> str:
 
 def _work(name: str) -> str:
     short = name if name == "root" else name.removeprefix("root.")
-    return f"/api/v1/works/{quote(short, safe='')}"
+    return f"/api/v1/works/{_segment(short)}"
 
 
 def _drive(drive: str, path: str) -> str:
-    return f"/api/v1/drive/{quote(drive, safe='')}/{_quoted('' if path == '.' else path)}"
+    return f"/api/v1/drive/{_segment(drive)}/{_quoted('' if path == '.' else path)}"
 
 
 def _quoted(path: str) -> str:
+    return "/".join(_segment(part) for part in path.split("/"))
+
+
+def _segment(name: str) -> str:
     # `.` and `..` are names like others here, but a URL that holds them as they are would be shortened.
-    return "/".join("%2E" * len(part) if part in (".", "..") else quote(part, safe="~") for part in path.split("/"))
+    return "%2E" * len(name) if name in (".", "..") else quote(name, safe="~")
 
 
 def _json(response: httpx.Response) -> Any:

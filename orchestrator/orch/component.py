@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +56,11 @@ def encode_argument(value: Any, where: str) -> Any:
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return {key: encode_argument(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
-        if "<lambda>" in value.__qualname__:
-            raise StateTypeError(f"{where} is a lambda: it cannot be recorded, give a named function of a module")
+        if not importable(value):
+            raise StateTypeError(
+                f"{where}: {value.__qualname__} cannot be imported by name",
+                hint="give a class or function that stands at the top level of a module",
+            )
         return {"$import": import_name(value)}
     return to_json(value, where)
 
@@ -76,6 +81,12 @@ def decode_argument(value: Any) -> Any:
                 return LEAVES[kind](inner)
         return {key: decode_argument(item) for key, item in value.items()}
     return value
+
+
+def importable(value: Any) -> bool:
+    """Is this class or function found again by `module:qualname`?"""
+    bound = inspect.ismethod(value) and not isinstance(value.__self__, type)
+    return "<" not in value.__qualname__ and not bound
 
 
 def resolve(name: str) -> Any:
@@ -121,6 +132,7 @@ class _Meta(type):
         component._setup(record)
         component.__init__(*args, **kwargs)
         component._declaring = False
+        component._complete()
         return component
 
 
@@ -146,6 +158,9 @@ class Component(metaclass=_Meta):
         self._children = {}
         self._program = None
         self._vars = Vars(self._report, where=self._where)
+
+    def _complete(self) -> None:
+        """`__init__` is over."""
 
     # -- place in the tree
     @property
@@ -229,6 +244,8 @@ class Component(metaclass=_Meta):
             self._vars.set(name, value)
         elif self._declaring:
             self._vars.declare(name, value)
+            if hasattr(type(self), name):
+                _Shadow.cast(type(self), name)
         else:
             raise AttributeError(
                 f"{self.name} ({type(self).__name__}) has no state variable {name!r}: declare it in __init__"
@@ -252,6 +269,26 @@ class Component(metaclass=_Meta):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
+
+
+class _Shadow:
+    """A class attribute whose name some instances have declared as a state variable: theirs hides the class's."""
+
+    def __init__(self, name: str, default: Any) -> None:
+        self.name = name
+        self.default = default
+
+    @classmethod
+    def cast(cls, owner: type, name: str) -> None:
+        default = inspect.getattr_static(owner, name)
+        if not isinstance(default, cls):
+            setattr(owner, name, cls(name, default))
+
+    def __get__(self, instance: Component | None, owner: type) -> Any:
+        if instance is not None and self.name in instance._vars:
+            return instance.__getattr__(self.name)
+        get = getattr(type(self.default), "__get__", None)
+        return self.default if get is None else get(self.default, instance, owner)
 
 
 def reserved_names(cls: type) -> frozenset[str]:

@@ -506,7 +506,8 @@ class Engine:
             status = work.status(self.config.base_url)
             if status != work.shown:
                 self._fact("work", name, {**status, "deaths": work.deaths, "held_key": work.book.held, "live": work.live})
-                if (stage_before, work.shown.get("reason"), work.shown.get("is_ready")) != (
+                silent = stage_before is None and stage_now == Stage.NOT_STARTED
+                if not silent and (stage_before, work.shown.get("reason"), work.shown.get("is_ready")) != (
                     stage_now,
                     status["reason"],
                     status["is_ready"],

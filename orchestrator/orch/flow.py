@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from orch.component import Component, reserved_names
 from orch.errors import StateTypeError
-from orch.structures import Dict, List, Structure
+from orch.structures import KEY, Dict, List, Structure
 from orch.work import Work
 
 if TYPE_CHECKING:
@@ -86,6 +86,10 @@ class Flow(Component):
             return
         if name in self._children:
             raise StateTypeError(f"{self.name}.{name} is a child: once set it cannot be replaced")
+        if not (name.isidentifier() or KEY.fullmatch(name)):
+            raise StateTypeError(f"{self.name}: {name!r} cannot name a child: letters, digits, '_' and '-' are allowed")
+        if isinstance(value, Structure) and value._owner is not None:
+            raise StateTypeError(f"{self.name}.{name}: this {type(value).__name__} belongs to {value.name}: make another one")
         if name in self._vars:
             if self._vars.get(name) is not None:
                 raise StateTypeError(f"{self.name}.{name} is a state variable, it cannot become a child")
@@ -105,7 +109,7 @@ class Flow(Component):
                 program.structure_added(value)
 
     def _adopt(self, child: Component, key: str, container: Structure | None) -> None:
-        if child._parent is not None and (child._parent is not self or child._attribute != key):
+        if child._parent is not None:
             raise StateTypeError(f"{child!r} already belongs to {child._parent.name}: make another one")
         ancestor: Component | None = self
         while ancestor is not None:
@@ -119,10 +123,10 @@ class Flow(Component):
         if program is not None:
             program.component_added(child, container, position)
 
-    def _removed(self, child: Component, container: Structure) -> None:
+    def _removed(self, child: Component, container: Structure, position: int) -> None:
         program = self._find_program()
         if program is not None:
-            program.component_removed(child, container)
+            program.component_removed(child, container, position)
         child._parent = None
         child._container = None
 

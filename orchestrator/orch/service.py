@@ -221,7 +221,8 @@ class Service:
             self._pass_thread.shutdown(wait=False)
         code = 130 if self.interrupted and self.code == 0 else self.code
         if not self._detaching:
-            self.console.done(code, self.engine.message)
+            # A failure was told when it happened.
+            self.console.done(code, "" if self.code else self.redacted(self.engine.message))
         return code
 
     def _close_journal(self) -> None:
@@ -256,7 +257,12 @@ class Service:
         options = self.options
         self.name = options.name or app.name or self.folder.root.name
         self.program = Program(app.root, log_tail=self._tail_of)
-        meta = {"app": self.name, "app_file": str(options.app_file), "version": __version__}
+        meta = {
+            "app": self.name,
+            "app_file": str(options.app_file),
+            "version": __version__,
+            "drive": self.drive_url,
+        }
         rev, tree, revs = 0, self.program.node(), None
         facts: dict[str, dict[str, Any]] = {}
         clean = True
@@ -533,7 +539,7 @@ class Service:
         elif alive:
             await asyncio.to_thread(self._end_leftovers, keep_scripts=True)
         # Drive manifests outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
-        epoch = max((left["epoch"] if left else 0) + 1, int(self.started))
+        epoch = max((left["epoch"] if left else 0) + 1, int(self.started * 1000))
         return await self._launch("local", epoch, left["port"] if left and self._cut_off else 0)
 
     async def _answers(self, handle: Handle) -> bool:

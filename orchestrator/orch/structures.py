@@ -28,9 +28,16 @@ class Structure:
         self._attribute = ""
         self._items: dict[str, Component] = {}
         self._next = 0
+        self._declared: set[str] = set()
+        """Keys of the members that the owner's `__init__` made."""
 
     def _members(self) -> Iterator[Component]:
         return iter(list(self._items.values()))
+
+    @property
+    def name(self) -> str:
+        """Dotted name from the root: `root.models`."""
+        return f"{self._owner.name}.{self._attribute}" if self._owner is not None else type(self).__name__
 
     @property
     def _pointer(self) -> str:
@@ -53,20 +60,37 @@ class Structure:
         member = self._check(value)
         if self._owner is not None:
             self._owner._adopt(member, key, self)
+        self._place(key, member, position)
+        if self._owner is None or self._owner._declaring:
+            self._declared.add(key)
+        if self._owner is not None:
+            self._owner._added(member, self, position)
+
+    def _place(self, key: str, member: Component, position: int | None) -> None:
         if position is None or position >= len(self._items):
             self._items[key] = member
         else:
             pairs = list(self._items.items())
             pairs.insert(position, (key, member))
             self._items = dict(pairs)
-        if self._owner is not None:
-            self._owner._added(member, self, position)
 
     def _remove(self, key: str) -> Component:
+        position = list(self._items).index(key)
         member = self._items.pop(key)
         if self._owner is not None:
-            self._owner._removed(member, self)
+            self._owner._removed(member, self, position)
         return member
+
+    def _record(self) -> dict[str, Any]:
+        """What a resume needs besides the members' own records."""
+        assert self._owner is not None
+        return {
+            "kind": type(self).__name__,
+            "parent": self._owner.name,
+            "attribute": self._attribute,
+            "next": self._next,
+            "removed": sorted(self._declared - set(self._items)),
+        }
 
     def _node(self) -> dict[str, Any]:
         node: dict[str, Any] = {"order": list(self._items), "flows": {}, "works": {}}
@@ -107,6 +131,10 @@ class List(Structure):
     def extend(self, members: Iterable[Any]) -> None:
         for member in members:
             self.append(member)
+
+    def __iadd__(self, members: Iterable[Any]) -> List:
+        self.extend(members)
+        return self
 
     def pop(self, index: int = -1) -> Component:
         return self._remove(list(self._items)[index])

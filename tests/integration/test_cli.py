@@ -105,6 +105,8 @@ def cli(app_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Cli]:
     cli("down", "--timeout", "10")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     url = cli.start()
     base, _, token = url.partition("/?token=")

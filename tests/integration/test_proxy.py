@@ -32,7 +32,7 @@ COOKIE = {"cookie": "orch_a1b2c3d4=app-token; theirs=1; orch_ffff=other"}
 HTML = {"accept": "text/html"}
 
 
-# ---- the server behind -------------------------------------------------------------------------------------------------
+# ---- the server behind -----------------------------------------------------------------------------------------------
 
 
 class Upstream:
@@ -213,7 +213,7 @@ def headers_of(answer: httpx.Response) -> dict[str, str]:
     return dict(answer.json()["headers"])
 
 
-# ---- HTTP --------------------------------------------------------------------------------------------------------------
+# ---- HTTP ------------------------------------------------------------------------------------------------------------
 
 
 async def test_paths_and_prefixes(setup: Setup) -> None:
@@ -423,7 +423,7 @@ async def test_the_proxy_adds_little(setup: Setup) -> None:
     assert through - floor < 0.02, f"{through * 1000:.1f} ms through the proxy, {floor * 1000:.1f} ms without"
 
 
-# ---- WebSocket -----------------------------------------------------------------------------------------------------------
+# ---- WebSocket -------------------------------------------------------------------------------------------------------
 
 
 async def test_messages_both_ways(setup: Setup) -> None:
@@ -521,7 +521,7 @@ async def test_a_dying_upstream_closes_the_browsers_websocket(setup: Setup) -> N
         assert code == 1014
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 async def test_static_frontends(setup: Setup, tmp_path: Path) -> None:

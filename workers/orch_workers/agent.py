@@ -132,6 +132,8 @@ class PlacedWork:
     """Item number -> the process's own number, for changes on their way to the flow and back."""
     settled: dict[int, int] = field(default_factory=dict)
     """Item number -> revision by which its echo must have come."""
+    fresh: asyncio.Event = field(default_factory=asyncio.Event)
+    """The vars are the tree's: not yet after an adoption, until the flow has attached."""
     links: list[asyncio.Queue[bytes | None]] = field(default_factory=list)
 
     @property
@@ -225,7 +227,7 @@ class Agent:
 
     def _adopt(self) -> None:
         for place in self.records.load_places():
-            self._install(place.place, place.host, place.port)
+            self._install(place.place, place.host, place.port).fresh.clear()
         processes = {process.key: process for process in Spawner.adopt(self.records.processes)}
         for record in self.records.load_attempts():
             work = self.works.get(record.start.work)
@@ -253,7 +255,9 @@ class Agent:
         if limit is None:
             return
         while (left := self._heard_at + limit - time.monotonic()) > 0:
-            await asyncio.wait((asyncio.create_task(self.leaving.wait()),), timeout=left)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.leaving.wait(), left)
+                return
         log.warning("no contact with the flow for %.0f s: stopping all scripts (orphan guard)", limit)
         await self.shutdown(kill=False)
 
@@ -273,6 +277,7 @@ class Agent:
                 work.live.reset(known.rev, known.vars, attach.acked)
                 for seq in [seq for seq in work.origins if seq <= attach.acked]:
                     work.echoed = max(work.echoed, work.origins.pop(seq))
+            work.fresh.set()
             self._greet(work)
             self._vars_changed(work)
         self._outbox.attached(attach.flow_url, attach.acked)
@@ -347,8 +352,9 @@ class Agent:
                 self._tell(work, Told(rev=diff.rev, ops=diff.ops, n=number))
             else:
                 self._tell(work, Told(rev=diff.rev, ops=diff.ops if diff.ops is not None else sent or []))
-            self._settle(work)
             self._vars_changed(work)
+        for work in self.works.values():  # only now: one revision may hold several own changes
+            self._settle(work)
 
     def begin_shutdown(self, *, kill: bool) -> None:
         """`shutdown` in the background."""
@@ -376,6 +382,7 @@ class Agent:
 
     def _install(self, place: Place, host: str, port: int) -> PlacedWork:
         work = PlacedWork(place, host, port, LiveVars(place.rev, place.vars))
+        work.fresh.set()
         self.works[place.work] = work
         return work
 
@@ -404,6 +411,11 @@ class Agent:
             return self.works[name]
         except KeyError:
             raise NotFound(f"no work {name!r} is placed on this agent") from None
+
+    async def fresh(self, work: PlacedWork) -> None:
+        """Waits a moment for the flow, if this agent has adopted the work and does not know its vars yet."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(work.fresh.wait(), ACKNOWLEDGE_WITHIN)
 
     async def patch(self, work: PlacedWork, ops: list[Op]) -> ItemResult | None:
         """A script's change of its vars. None if the flow has not answered in time: it is kept and goes on its way.
@@ -580,12 +592,19 @@ class Agent:
         self._spawn(self._attend(attempt, before))
         return ""
 
+    def _note(self, attempt: Attempt, **news: Any) -> None:
+        """Writes news of an attempt down. A full disk loses what a later incarnation would know, not the news."""
+        attempt.record = msgspec.structs.replace(attempt.record, **news)
+        try:
+            self.records.write_attempt(attempt.record)
+        except OSError as error:
+            log.error("the record of %s cannot be written: %s", attempt.key, error)
+
     def _stop_attempt(self, attempt: Attempt, reason: str, grace: float) -> None:
         if attempt.record.ended is not None:
             return
         if not attempt.record.stopping:
-            attempt.record = msgspec.structs.replace(attempt.record, stopping=reason)
-            self.records.write_attempt(attempt.record)
+            self._note(attempt, stopping=reason)
         attempt.stop_grace = grace
         if attempt.stage == "running":
             attempt.stage = "stopping"
@@ -606,9 +625,17 @@ class Agent:
         finally:
             if attempt.record.ended is not None:
                 attempt.over.set()
-        if not attempt.over.is_set():
+        if attempt.over.is_set():
+            return
+        try:
             await self._see_through(attempt)
-            attempt.over.set()
+        except Exception:
+            log.exception("%s cannot be attended any more: it is stopped", attempt.key)
+            if attempt.process is not None:
+                await attempt.process.stop(attempt.start.grace)
+            if attempt.record.ended is None:
+                self._end(attempt, "exception", "the agent failed while it attended the script, see its log")
+        attempt.over.set()
 
     async def _launch(self, attempt: Attempt) -> bool:
         """Inputs, command, process. False if a stop came first."""
@@ -623,8 +650,8 @@ class Agent:
         if not cwd.is_dir():
             raise NotFound(f"the working directory {cwd} of {work.name} does not exist")
         attempt.transfer = self._transfer(attempt, cwd)
-        if start.inputs:
-            await asyncio.to_thread(attempt.transfer.fetch_inputs)
+        if start.inputs or start.outputs or start.reload:
+            await asyncio.to_thread(attempt.transfer.prepare)
         if attempt.stop_wanted.is_set():
             self._end(attempt, attempt.record.stopping, "stopped before it was started")
             return False
@@ -667,6 +694,8 @@ class Agent:
         assert process is not None
         if attempt.transfer is None:  # adopted
             attempt.transfer = self._transfer(attempt, self._cwd(start))
+            if start.work in self.works and start.kind != "python":
+                self.works[start.work].wants_state_file = True
             attempt.parser = ProgressParser(process.argv)
             attempt.log_offset = max(0, _size(attempt.log_file) - TAIL_BYTES)
         attempt.stage = "stopping" if attempt.stop_wanted.is_set() else "running"
@@ -700,11 +729,14 @@ class Agent:
         """The process has ended: what became of it, its outputs, and the end itself."""
         start = attempt.start
         work = self.works.get(start.work)
-        self._read_log(attempt)
+        progress = self._read_log(attempt)
+        metrics = await self._read_metrics(attempt)
+        if (progress is not None or metrics) and not attempt.reports:
+            self._outbox.add(Progress(work=start.work, call=start.call, progress=progress, metrics=metrics))
         outcome = self._outcome(attempt) if start.kind == "python" else Outcome()
         if work is not None and outcome.unsent:
             self.receive(work, outcome.session, outcome.unsent)
-        if exited.stopped and attempt.record.stopping:
+        if attempt.record.stopping and (exited.stopped or exited.lost):
             reason: str | None = attempt.record.stopping
             message = f"timeout after {start.timeout:g} s" if reason == "timeout" and start.timeout else ""
         elif exited.lost:
@@ -769,8 +801,7 @@ class Agent:
             result=result if reason is None else None,
             last_lines=[_redact(line, attempt.secrets) for line in attempt.parser.tail(LAST_LINES)],
         )
-        attempt.record = msgspec.structs.replace(attempt.record, ended=ended)
-        self.records.write_attempt(attempt.record)
+        self._note(attempt, ended=ended)
         attempt.stage = "ended"
         attempt.ready = False
         self._ends[self._outbox.add(ended)] = attempt
@@ -782,8 +813,7 @@ class Agent:
     async def _forget_attempt(self, attempt: Attempt) -> None:
         """The flow has journalled the end: the process's records are not needed any more."""
         await attempt.over.wait()
-        attempt.record = msgspec.structs.replace(attempt.record, acked=True)
-        self.records.write_attempt(attempt.record)
+        self._note(attempt, acked=True)
         if attempt.process is not None:
             attempt.process.forget()
         self.records.result_file(attempt.key).unlink(missing_ok=True)
@@ -941,16 +971,19 @@ class Agent:
             await asyncio.sleep(TICK)
             ticks += 1
             for attempt in running:
-                self._read_log(attempt)
-            if ticks % 2 == 0:
-                for attempt in running:
-                    if attempt.metrics is not None and not attempt.reports and attempt.stage != "ended":
-                        await self._read_metrics(attempt)
+                if attempt.stage == "ended":
+                    continue
+                progress = self._read_log(attempt)
+                metrics = await self._read_metrics(attempt) if ticks % 2 == 0 else {}
+                if (progress is not None or metrics) and attempt.stage != "ended" and not attempt.reports:
+                    start = attempt.start
+                    self._outbox.add(Progress(work=start.work, call=start.call, progress=progress, metrics=metrics))
 
-    def _read_log(self, attempt: Attempt) -> None:
+    def _read_log(self, attempt: Attempt) -> float | None:
+        """Feeds what is new in the log to the parser; returns the progress if it is another one."""
         size = _size(attempt.log_file)
         if size <= attempt.log_offset:
-            return
+            return None
         with attempt.log_file.open("rb") as file:
             if size - attempt.log_offset > TAIL_BYTES:
                 attempt.log_offset = size - TAIL_BYTES
@@ -959,23 +992,24 @@ class Agent:
             data = file.read(TAIL_BYTES)
         attempt.log_offset += len(data)
         progress = attempt.parser.feed(data)
-        if progress is not None and progress != attempt.progress and not attempt.reports:
-            attempt.progress = progress
-            start = attempt.start
-            self._outbox.add(Progress(work=start.work, call=start.call, progress=progress))
+        if progress is None or progress == attempt.progress:
+            return None
+        attempt.progress = progress
+        return progress
 
-    async def _read_metrics(self, attempt: Attempt) -> None:
-        assert attempt.metrics is not None
+    async def _read_metrics(self, attempt: Attempt) -> dict[str, Any]:
+        """Metrics in the logs among the outputs that are news."""
+        if attempt.metrics is None or attempt.reports:
+            return {}
         try:
             values = await asyncio.to_thread(attempt.metrics.poll)
         except (OSError, ValueError) as error:
             log.warning("metrics of %s cannot be read: %s", attempt.start.work, error)
             attempt.metrics = None
-            return
+            return {}
         new = {name: value for name, value in values.items() if attempt.metrics_known.get(name) != value}
-        if new and attempt.stage != "ended":
-            attempt.metrics_known.update(new)
-            self._outbox.add(Progress(work=attempt.start.work, call=attempt.start.call, metrics=new))
+        attempt.metrics_known.update(new)
+        return new
 
     async def _probe_loop(self) -> None:
         loop = asyncio.get_running_loop()
@@ -987,23 +1021,21 @@ class Agent:
                 continue
             now = loop.time()
             due = [attempt for attempt in waiting if attempt.probe_at <= now]
-            if due:
-                ports = places.listening()
-                for attempt in due:
-                    self._probe(attempt, ports, now)
+            for attempt in due:
+                self._probe(attempt, now)
             pause = min(attempt.probe_at for attempt in waiting) - loop.time()
             if pause > 0:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._probe_wake.wait(), pause)
 
-    def _probe(self, attempt: Attempt, ports: set[int] | None, now: float) -> None:
+    def _probe(self, attempt: Attempt, now: float) -> None:
         work = self.works[attempt.start.work]
-        if ports is None or work.port in ports:
-            if ports is not None and attempt.start.health is None:
+        if places.accepts(work.host, work.port):
+            if attempt.start.health is None:
                 self._set_ready(attempt)
                 return
             attempt.probing = True
-            self._spawn(self._ask(attempt, work))
+            self._spawn(self._ask(attempt, work, attempt.start.health))
         if attempt.start.kind == "service":
             age = time.time() - (attempt.process.started_at if attempt.process else 0)
             attempt.probe_at = now + (SERVICE_PROBE if age < 10 else SLOW_SERVICE_PROBE)
@@ -1014,9 +1046,9 @@ class Agent:
             if attempt.probe_delay == PLAIN_PROBE:
                 attempt.probe_at = math.floor(now) + PLAIN_PROBE
 
-    async def _ask(self, attempt: Attempt, work: PlacedWork) -> None:
+    async def _ask(self, attempt: Attempt, work: PlacedWork, path: str) -> None:
         try:
-            if await places.answers(work.host, work.port, attempt.start.health):
+            if await places.answers(work.host, work.port, path):
                 self._set_ready(attempt)
         finally:
             attempt.probing = False

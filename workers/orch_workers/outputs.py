@@ -72,7 +72,7 @@ class FileTransfer:
 
     # -- before the start
 
-    def fetch_inputs(self) -> None:
+    def prepare(self) -> None:
         """Puts every input into the cwd, merged over what is there; a first attempt forgets unfinished versions.
 
         Raises DriveNotFound for a missing input, DriveConflict for a file that another work is writing, and what the
@@ -88,6 +88,8 @@ class FileTransfer:
         if self._start.attempt == 1:
             for path in self._start.outputs:
                 self._store.discard_partial(self._start.work, path)
+        for path in self._start.reload:
+            self._fetch(path, partial=True)
 
     def _may_be_missing(self, path: str) -> bool:
         _, name = split_owner(path)

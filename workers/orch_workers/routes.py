@@ -93,11 +93,14 @@ def make_app(agent: Agent) -> FastAPI:
 
     @app.get("/state/{name}", response_model=None)
     async def read_vars(name: str, request: Request) -> Response:
-        return _json(own(request, name).live.view())
+        work = own(request, name)
+        await agent.fresh(work)
+        return _json(work.live.view())
 
     @app.get("/state/{name}/{pointer:path}", response_model=None)
     async def read_var(name: str, pointer: str, request: Request) -> Response:
         work = own(request, name)
+        await agent.fresh(work)
         return _json(_value(work, pointer) if pointer else work.live.view())
 
     @app.patch("/state/{name}", response_model=None)
@@ -109,6 +112,7 @@ def make_app(agent: Agent) -> FastAPI:
     @app.put("/state/{name}/{pointer:path}", response_model=None)
     async def put_var(name: str, pointer: str, request: Request) -> Response:
         work = own(request, name)
+        await agent.fresh(work)
         value = _read(msgspec.Raw, await _body(request))
         return _patched(await agent.patch(work, [_assignment(work, pointer, msgspec.json.decode(value))]))
 

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
 
-from orch.server.asgi import ClientGone
+from orch.server.asgi import HEAD_REQUEST, ClientGone
 from orch.server.context import Context
 from orch.server.responses import Json, Stream, parse_etags
 from orch_drive import DriveAmbiguous, DrivePathError, DriveStore, Manifest
@@ -110,13 +110,10 @@ def _version_row(manifest: Manifest) -> dict[str, Any]:
 
 
 async def _chunks(file: BinaryIO, start: int, length: int) -> AsyncGenerator[bytes, None]:
-    try:
-        file.seek(start)
-        while length > 0 and (data := await asyncio.to_thread(file.read, min(CHUNK, length))):
-            length -= len(data)
-            yield data
-    finally:
-        file.close()
+    file.seek(start)
+    while length > 0 and (data := await asyncio.to_thread(file.read, min(CHUNK, length))):
+        length -= len(data)
+        yield data
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
@@ -208,7 +205,10 @@ def _open_file(context: Context, store: DriveStore, manifest: Manifest, request:
             headers["content-range"] = f"bytes {start}-{start + length - 1}/{entry.size}"
     headers["content-length"] = str(length)
     kind = mimetypes.guess_type(manifest.path)[0] or "application/octet-stream"
-    response = Stream(context, kind, _chunks(store.open(manifest), start, length), status=status)
+    if request.scope.get(HEAD_REQUEST):
+        return Response(status_code=status, headers=headers, media_type=kind)
+    file = store.open(manifest)
+    response = Stream(context, kind, _chunks(file, start, length), status=status, release=file.close)
     response.headers.update(headers)
     return response
 

@@ -452,6 +452,20 @@ class UpstreamBroke(Exception):
 async def _relay(upstream: ClientConnection, receive: Receive, send: Send) -> None:
     """Messages both ways until one side closes; its code and reason reach the other."""
 
+    async def to_browser() -> None:
+        try:
+            try:
+                while True:
+                    data = await upstream.recv()
+                    key = "text" if isinstance(data, str) else "bytes"
+                    await send({"type": "websocket.send", key: data})
+            except ConnectionClosed as closed:
+                code = closed.rcvd.code if closed.rcvd else 1006
+                reason = closed.rcvd.reason if closed.rcvd else ""
+                await send({"type": "websocket.close", "code": _sendable(code, 1014), "reason": reason})
+        except OSError:
+            return  # what ASGI servers raise once the browser is gone
+
     async def to_upstream() -> None:
         while True:
             message = await receive()
@@ -463,24 +477,15 @@ async def _relay(upstream: ClientConnection, receive: Receive, send: Send) -> No
             try:
                 await upstream.send(text if text is not None else message["bytes"])
             except ConnectionClosed:
-                return  # the other direction has the code
+                await browser  # it tells why
+                return
 
-    async def to_browser() -> None:
-        try:
-            while True:
-                data = await upstream.recv()
-                key = "text" if isinstance(data, str) else "bytes"
-                await send({"type": "websocket.send", key: data})
-        except ConnectionClosed as closed:
-            code = closed.rcvd.code if closed.rcvd else 1006
-            reason = closed.rcvd.reason if closed.rcvd else ""
-            await send({"type": "websocket.close", "code": _sendable(code, 1014), "reason": reason})
-
-    tasks = [asyncio.ensure_future(to_upstream()), asyncio.ensure_future(to_browser())]
+    browser = asyncio.ensure_future(to_browser())
+    tasks = (browser, asyncio.ensure_future(to_upstream()))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
         finished = [task for task in tasks if task.done()]
+    finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

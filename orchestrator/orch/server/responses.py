@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
@@ -42,18 +42,32 @@ class Json(Response):
 
 
 class Stream(Response):
-    """A body that grows until the generator ends, the client leaves or the server stops."""
+    """A body that grows until the generator ends, the client leaves or the server stops. `release` is called then, also
+    if the generator was never begun."""
 
     def __init__(
-        self, context: Context, media_type: str, chunks: AsyncGenerator[bytes, None], *, status: int = 200
+        self,
+        context: Context,
+        media_type: str,
+        chunks: AsyncGenerator[bytes, None],
+        *,
+        status: int = 200,
+        release: Callable[[], object] | None = None,
     ) -> None:
         super().__init__(None, status, {"cache-control": "no-store", "x-accel-buffering": "no"}, media_type)
         del self.headers["content-length"]
         self._context = context
         self._chunks = chunks
+        self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await asgi.stream(scope, receive, send, self.status_code, self.raw_headers, self._chunks, self._context.closing)
+        try:
+            await asgi.stream(
+                scope, receive, send, self.status_code, self.raw_headers, self._chunks, self._context.closing
+            )
+        finally:
+            if self._release is not None:
+                self._release()
 
 
 async def json_body(request: Request, *, empty: Any = msgspec.UNSET) -> Any:

@@ -58,8 +58,8 @@ AfterQuery = Annotated[
 WaitQuery = Annotated[
     float | None,
     Query(
-        description=f"seconds to wait at most (30 if only `after` is given, never more than {MAX_WAIT:g}); when they are "
-        "over the value is answered as it is: its ETag tells, and with If-None-Match it is a 304",
+        description=f"seconds to wait at most (30 if only `after` is given, never more than {MAX_WAIT:g}); when they "
+        "are over the value is answered as it is: its ETag tells, and with If-None-Match it is a 304",
         ge=0,
     ),
 ]
