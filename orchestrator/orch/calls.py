@@ -83,6 +83,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """A retry waits until then."""
     fresh: bool = False
     """Finished, uncached, not handed over to the flow yet."""
+    forgotten: bool = False
+    """A failure that does not count any more: the same arguments start a new call."""
 
     @property
     def done(self) -> bool:
@@ -156,7 +158,8 @@ class Book:
 
     __slots__ = ("calls", "counter", "current", "held", "last", "latest", "name", "queue", "run", "touched")
 
-    def __init__(self, name: str, run: int) -> None:
+    def __init__(self, name: str, run: int, *, used: int = 0) -> None:
+        """`used`: numbers that an earlier work of this name has given its calls."""
         self.name = name
         self.run = run
         self.calls: dict[str, Call] = {}
@@ -164,7 +167,7 @@ class Book:
         self.queue: list[str] = []
         self.current: str | None = None
         self.last: str | None = None
-        self.counter = 0
+        self.counter = used
         self.held: str | None = None
         self.touched: set[str] = set()
 
@@ -211,9 +214,11 @@ class Book:
         return self.put(call)
 
     def forget_failures(self) -> None:
+        """The same arguments start anew."""
         for key, call in list(self.latest.items()):
             if self.calls[call].failed:
                 del self.latest[key]
+                self.put(self.calls[call].replace(forgotten=True))
 
     @property
     def shown(self) -> Call | None:
@@ -236,7 +241,8 @@ class Book:
         """Fill an empty book from the journal, in the order asked."""
         for call in sorted(calls, key=lambda c: number_of(c.id)):
             self.calls[call.id] = call
-            self.latest[call.key] = call.id
+            if not call.forgotten:
+                self.latest[call.key] = call.id
             self.counter = max(self.counter, number_of(call.id))
             if call.done:
                 self.last = call.id
@@ -253,3 +259,8 @@ def call_id(run: int, work: str, number: int) -> str:
 
 def number_of(call: str) -> int:
     return int(call.rsplit("-", 1)[1])
+
+
+def work_of(call: str) -> str:
+    """Short name of the work of a call id."""
+    return call.split("-", 1)[1].rsplit("-", 1)[0]

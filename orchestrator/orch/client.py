@@ -2,7 +2,7 @@
 
     with Client("http://127.0.0.1:7501", token) as app:
         app.put_state("/flows/ui/vars/train_start", True)
-        app.wait_stage("ui.trainer", ended=True)
+        app.stop_work("ui.trainer")
 
 Errors of the server arrive as the classes they left it as (`orch.errors`, `orch_drive.errors`); an app that does not
 answer is `RuntimeLost`. httpx is imported with the first request.
@@ -10,7 +10,6 @@ answer is `RuntimeLost`. httpx is imported with the first request.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,6 @@ TIMEOUT = 30.0
 SILENCE = 60.0
 """Seconds without a byte after which an event stream counts as broken: the server sends a sign of life every 15 s."""
 PROBLEM_TYPE = "urn:orch:problem:"
-ENDED = ("succeeded", "failed", "stopped", "not_started")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,21 +126,6 @@ class Client:
         """Ask for a call of the work."""
         return dict(self._post(f"{_work(name)}/run", {"args": list(args), "kwargs": dict(kwargs or {})}))
 
-    def wait_stage(self, name: str, *stages: str, ended: bool = False, timeout: float = TIMEOUT) -> str:
-        """Wait until the work is in one of the stages, or (`ended`) has nothing running; returns the stage. Raises
-        OrchError naming the stage when `timeout` seconds are over."""
-        wanted = {*stages, *(ENDED if ended else ())}
-        deadline = time.monotonic() + timeout
-        rev = 0
-        while True:
-            stage = str(self.work(name)["status"]["stage"])
-            if stage in wanted:
-                return stage
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise OrchError(f"{name} is still {stage} after {timeout:g} s", hint=f"`orch logs {name}` may say why")
-            rev = self.wait_change("", after=rev, wait=min(left, TIMEOUT))
-
     def logs(
         self,
         name: str,
@@ -175,18 +158,6 @@ class Client:
                 elif not line and "data" in fields:
                     yield ServerEvent(int(fields["id"]), fields["event"], msgspec.json.decode(fields["data"]))
                     fields = {}
-
-    def wait_closed(self, timeout: float) -> bool:
-        """Wait until the server goes away, at most `timeout` seconds; whether it did."""
-        deadline = time.monotonic() + timeout
-        try:
-            with self._stream("/api/v1/events", {"kinds": "app"}, SILENCE) as response:
-                for _ in response.iter_bytes():
-                    if time.monotonic() > deadline:
-                        return False
-        except RuntimeLost:
-            pass
-        return True
 
     # -- app
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -244,8 +243,7 @@ class Component(metaclass=_Meta):
             self._vars.set(name, value)
         elif self._declaring:
             self._vars.declare(name, value)
-            if hasattr(type(self), name):
-                _Shadow.cast(type(self), name)
+            Shadow.cast(type(self), name)
         else:
             raise AttributeError(
                 f"{self.name} ({type(self).__name__}) has no state variable {name!r}: declare it in __init__"
@@ -271,8 +269,8 @@ class Component(metaclass=_Meta):
         return f"<{type(self).__name__} {self.name}>"
 
 
-class _Shadow:
-    """A class attribute whose name some instances have declared as a state variable: theirs hides the class's."""
+class Shadow:
+    """A class attribute whose name is an instance's state variable or child too: that hides the class's, as always."""
 
     def __init__(self, name: str, default: Any) -> None:
         self.name = name
@@ -280,12 +278,12 @@ class _Shadow:
 
     @classmethod
     def cast(cls, owner: type, name: str) -> None:
-        default = inspect.getattr_static(owner, name)
-        if not isinstance(default, cls):
+        default = inspect.getattr_static(owner, name, cls)
+        if default is not cls and not isinstance(default, cls):
             setattr(owner, name, cls(name, default))
 
     def __get__(self, instance: Component | None, owner: type) -> Any:
-        if instance is not None and self.name in instance._vars:
+        if instance is not None and (self.name in instance._vars or self.name in instance._children):
             return instance.__getattr__(self.name)
         get = getattr(type(self.default), "__get__", None)
         return self.default if get is None else get(self.default, instance, owner)

@@ -16,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from orch.calls import RETRIED, Book, Call, Reason, Stage, call_key, json_arguments
+from orch.calls import RETRIED, Book, Call, Reason, Stage, call_key, json_arguments, number_of
 from orch.errors import CallError, NotFound, OrchError, StaleEpoch, StateMismatch
 from orch.program import PassInput, PassResult, Schedule
+from orch.schedule import following
 from orch.scripts import argument_error, split_arguments
 from orch.state import StateTree, parse_pointer, split_pointer
 from orch.wire import (
@@ -107,6 +108,8 @@ class Patch(Event, frozen=True, kw_only=True):
     ops: list[Op]
     cause: str
     match: tuple[str, int] | None = None
+    known: bool = False
+    """The flow's objects have it already: it was written to them between passes (tests do that)."""
 
 
 class Pushed(Event, frozen=True, kw_only=True):
@@ -319,7 +322,7 @@ class _Work:
 
     def __init__(self, spec: WorkSpec, run: int) -> None:
         self.spec = spec
-        self.book = Book(spec.name, run)
+        self.book = Book(spec.name, run, used=spec.used)
         self.placed = False
         self.placing = False
         self.failed_to_place = ""
@@ -340,7 +343,6 @@ class _Work:
         self.num_successes = 0
         self.num_timeouts = 0
         self.shown: dict[str, Any] = {}
-        self.restart_wanted = False
 
     def status(self, base_url: str) -> dict[str, Any]:
         call = self.book.shown
@@ -413,6 +415,7 @@ class Engine:
         self.schedules: dict[str, Schedule] = {}
         self.passes = 0
         self.pass_seconds = 0.0
+        self._slow = False
         self.hidden: dict[str, _Work] = {}
 
         self._out: list[Instruction] = []
@@ -579,7 +582,7 @@ class Engine:
 
     def next_due(self) -> float | None:
         """When the next `Tick` is worth sending (seconds since the epoch)."""
-        dues = [schedule.due for schedule in self.schedules.values()] if self.stage == "running" else []
+        dues = [s.due for s in self.schedules.values() if not s.ticked] if self.stage == "running" else []
         for work in self._all():
             current = work.book.current
             if current is not None and not work.live:
@@ -597,9 +600,11 @@ class Engine:
         return taken
 
     def _dispatch(self, event: Event, now: float) -> None:
-        ordered = isinstance(event, Patch | Pushed | AskCall | RestartWork | ApiRequest)
+        ordered = isinstance(event, Patch | Pushed | AskCall | RestartWork | ApiRequest | StartAnswered)
         if isinstance(event, Pushed) and not self._alive:
             ordered = False  # an app that ends does not wait for a pass that may never end
+        if isinstance(event, Patch) and event.known:
+            ordered = False
         if ordered and (self._passing or self._deferred):
             self._deferred.append(event)
         else:
@@ -652,10 +657,12 @@ class Engine:
                     f"{pointer or '/'} was changed at revision {actual}, the request speaks of {expected}",
                     hint="read it again and repeat the request",
                 )
-        rev = self._apply_vars(event.ops, event.cause, now)
+        rev = self._apply_vars(event.ops, event.cause, now, known=event.known)
         self._answer(event, rev)
 
-    def _apply_vars(self, ops: list[Op], cause: str, now: float, *, origin: tuple[str, int] | None = None) -> int:
+    def _apply_vars(
+        self, ops: list[Op], cause: str, now: float, *, origin: tuple[str, int] | None = None, known: bool = False
+    ) -> int:
         """Validate and apply a user's diff as one revision; tell the agents and the flow."""
         if self.config.redact is not None:
             for op in ops:
@@ -670,7 +677,8 @@ class Engine:
             ]))  # fmt: skip
         if not applied:
             return rev
-        self._pass_ops += applied
+        if not known:
+            self._pass_ops += applied
         self._wake()
         self._tell_agents(applied, rev, origin=origin, as_sent=len(applied) == len(ops))
         self._revise(applied, cause, now)
@@ -756,6 +764,8 @@ class Engine:
             self._emit(Note(level="info", text=f"{item.work}: a late report was dropped, the work was removed"))
             return 0
         match item:
+            case VarOps(call=call) if call is not None and call not in work.book.calls:
+                raise NotFound(f"there is no call {call!r} any more")
             case VarOps():
                 at = work.spec.pointer + "/vars"
                 ops = [
@@ -795,8 +805,13 @@ class Engine:
     def _ready(self, work: _Work, item: Ready) -> None:
         if self._current(work, item.call, item.attempt) is None or work.ready == item.ready:
             return
-        work.ready = item.ready
-        work.ready_at = item.at if item.ready else None
+        self._be_ready(work, item.ready, item.at)
+
+    def _be_ready(self, work: _Work, ready: bool, at: float) -> None:
+        if work.ready_at is not None and at - work.ready_at >= READY_LONG:
+            work.deaths = 0
+        work.ready = ready
+        work.ready_at = at if ready else None
         self._touch(work)
         self._wake()
 
@@ -837,14 +852,11 @@ class Engine:
         call = self._current(work, item.call, item.attempt)
         if call is None or call.done or (call.stage is Stage.PENDING and call.due is not None):
             return
-        work.live = work.ready = False
-        ready_for = item.at - work.ready_at if work.ready_at is not None else 0.0
-        work.ready_at = None
+        work.live = False
+        self._be_ready(work, False, item.at)
         work.exit_code = item.exit_code
         self._durable = True
         self._close_burst = True
-        self._touch(work)
-        self._wake()
         if item.reason is None:
             reason = None
         elif item.reason in Reason._value2member_map_:
@@ -861,8 +873,6 @@ class Engine:
                 why = Reason(work.stopping) if work.stopping else (reason or Reason.STOPPED)
                 self._end(work, ended.move(Stage.STOPPED, reason=why, message=item.message))
         elif work.spec.kind == "service" and self._restarts(work, reason):
-            if ready_for >= READY_LONG:
-                work.deaths = 0
             delay = RESTART_DELAYS[min(work.deaths, len(RESTART_DELAYS) - 1)]
             work.deaths += 1
             said = item.message or f"exit code {item.exit_code}"
@@ -878,7 +888,7 @@ class Engine:
         else:
             failed = ended.move(Stage.FAILED, reason=reason, message=item.message)
             self._end(work, failed)
-            if work.spec.raise_exception and self.stage == "running":
+            if work.spec.raise_exception:
                 where = f"\n{item.traceback}" if item.traceback else ""
                 self._fail_app(f"{work.spec.name} failed: {item.message or reason}{where}", now)
         self._advance(work, now)
@@ -902,15 +912,6 @@ class Engine:
             fresh = False
         work.book.finish(call.replace(fresh=fresh))
         work.stopping = ""
-        if work.restart_wanted:
-            work.restart_wanted = False
-            self._again(work, call, call.finished_at or 0.0)
-
-    def _again(self, work: _Work, call: Call, now: float) -> Call:
-        work.book.forget_failures()
-        again = work.book.new(call.args, call.kwargs, now)
-        work.book.add(again)
-        return again
 
     # -- starting and stopping calls
     def _advance(self, work: _Work, now: float) -> None:
@@ -1039,7 +1040,6 @@ class Engine:
         if work.spec.when_busy == "replace":
             self._cancel(work, Reason.REPLACED, now)
         book.add(call)
-        work.restart_wanted = False
         self._touch(work)
         self._wake()
         self._advance(work, now)
@@ -1063,7 +1063,6 @@ class Engine:
     def _stop_work(self, event: StopWork, now: float) -> None:
         work = self.find(event.work)
         shown = work.book.shown
-        work.restart_wanted = False
         if shown is not None:
             self._cancel(work, Reason.STOPPED, now)
             latest = work.book.shown if work.book.shown is not None else shown
@@ -1082,20 +1081,17 @@ class Engine:
     def _restart(self, work: _Work, now: float) -> None:
         book = work.book
         latest = book.calls[book.queue[-1]] if book.queue else book.shown
-        if latest is None:
+        if latest is None:  # (a pass has checked it before)
             raise CallError(
                 f"{work.spec.name} has never been asked for a call, there is nothing to restart",
                 hint=f"POST /api/v1/works/{work.spec.name}/run starts one",
             )
-        live = work.live
         self._cancel(work, Reason.STOPPED, now)
-        if live:
-            work.restart_wanted = True
-        else:
-            self._again(work, latest, now)
-            self._advance(work, now)
+        book.forget_failures()
+        book.add(book.new(latest.args, latest.kwargs, now))
         self._touch(work)
         self._wake()
+        self._advance(work, now)
 
     # -- passes
     def _wake(self) -> None:
@@ -1169,13 +1165,14 @@ class Engine:
             self._fail_app(result.message, now)
         if self.stage == "starting" and result.how in ("end", "blocked") and not method:
             self._set_stage("running", "", now)
-        if self.passes >= 5 and self.pass_seconds > 1.0 and self.passes % 10 == 0:
+        if self.passes >= 5 and self.pass_seconds > 1.0 and not self._slow:
             self._emit(
                 Note(
                     level="warning",
                     text=f"passes take {self.pass_seconds:.1f} s on average: a Flow orchestrates, computing belongs in a Work",
                 )
             )
+        self._slow = self.passes >= 5 and self.pass_seconds > 1.0
 
     def _commit_pass(self, result: PassResult, method: bool, now: float) -> int:
         """What the pass changed and asked for, as one revision in one transaction."""
@@ -1197,10 +1194,9 @@ class Engine:
         for name, record in result.records.items():
             self._fact("component", name, record)
         for key, schedule in result.schedules.items():
-            self.schedules[key] = schedule
-            self._fact("schedule", key, msgspec.to_builtins(schedule))
-        asked = self._asks(result, now)
-        self._hand_over(result, now)
+            self._keep_schedule(key, schedule)
+        asked, unfit = self._asks(result, now)
+        self._hand_over(result, method, now)
         if result.layout is not None:
             self.layout = result.layout
             self._emit(Layout(tabs=result.layout))
@@ -1216,60 +1212,61 @@ class Engine:
                 self._place(self.works[spec.name])
         for work in asked:
             self._advance(work, now)
-        self._own_change(result, method, now)
+        self._own_change(result.how, ops, method, now)
         self._revise([], "flow", now)
+        for call in unfit:
+            self._fail_app(f"{call.work} failed: {call.message}", now)
         return rev
 
-    def _asks(self, result: PassResult, now: float) -> list[_Work]:
+    def _asks(self, result: PassResult, now: float) -> tuple[list[_Work], list[Call]]:
+        """Takes the wishes up. Returns the works that were asked, and the calls whose failure fails the app."""
         asked: list[_Work] = []
+        unfit: list[Call] = []
         for ask in result.asks if self._alive else []:
             work = self.works.get(ask.work)
             if work is None:
                 continue
             if ask.stop:
                 self._cancel(work, Reason.STOPPED, now)
-                work.restart_wanted = False
             if ask.restart:
                 self._restart(work, now)
             for call in ask.new.values():
                 if ask.replace and not call.done:
                     self._cancel(work, Reason.REPLACED, now)
-                    work.restart_wanted = False
                 work.book.add(call)
                 self._touch(work)
                 self._wake()
                 if call.failed and work.spec.raise_exception:
-                    self._fail_app(f"{work.spec.name} failed: {call.message}", now)
+                    unfit.append(call)
             asked.append(work)
-        return asked
+        return asked, unfit
 
-    def _hand_over(self, result: PassResult, now: float) -> None:
-        """Finished uncached calls that this pass has used up."""
+    def _hand_over(self, result: PassResult, method: bool, now: float) -> None:
+        """Finished uncached calls that this pass has used up. (An API method is no pass: nothing lapses with it.)"""
         seen = {call for ask in result.asks for call in ask.seen}
         for call_id in self._fresh_seen:
             work = next((w for w in self.works.values() if call_id in w.book.calls), None)
             if work is None:
                 continue
             call = work.book.calls[call_id]
-            reached = result.how in ("end", "stop", "fail")
+            reached = not method and result.how in ("end", "stop", "fail")
             if call.fresh and (reached or (work.spec.parallel and call_id in seen)):
                 work.book.put(call.replace(fresh=False))
                 self._touch(work)
         self._fresh_seen = set()
 
-    def _own_change(self, result: PassResult, method: bool, now: float) -> None:
+    def _own_change(self, how: str, ops: list[Op], method: bool, now: float) -> None:
         """A pass that reached its end is followed by another one if it changed state itself."""
-        if method or not result.ops:
-            self._woken = self._woken or bool(method and result.ops)
-            return
-        if result.how != "end":
+        if method and ops:
+            self._wake()
+        if method or not ops or how != "end":
             return
         if not self._woken:
             self._woken = self._only_own = True
         self._own += 1
         self._own_at = now
         if self._own == OWN_PASSES:
-            names = sorted({op["path"] for op in result.ops})
+            names = sorted({op["path"] for op in ops})
             self._emit(
                 Note(
                     level="warning",
@@ -1304,6 +1301,8 @@ class Engine:
             if report is not None:
                 work.host, work.port, work.placed, work.placing = report.host, report.port, True, False
                 self._touch(work)
+                if report.ready != work.ready and self._current(work, report.call or "", report.attempt) is not None:
+                    self._be_ready(work, report.ready, now)
             if work.placing or (report is None and work.placed):
                 work.placing, work.placed = True, False
                 wanted.append(self._place_message(work))
@@ -1437,10 +1436,16 @@ class Engine:
                 due = work.book.calls[current].due
                 if due is not None and due <= now:
                     self._advance(work, now)
-        if any(schedule.due <= now for schedule in self.schedules.values()):
-            self._wake()
+        for key, schedule in self.schedules.items():
+            if schedule.due <= now and not schedule.ticked:
+                self._keep_schedule(key, msgspec.structs.replace(schedule, ticked=True))
+                self._wake()
         if self._stop_deadline is not None and now >= self._stop_deadline:
             self._exit(kill=True)
+
+    def _keep_schedule(self, key: str, schedule: Schedule) -> None:
+        self.schedules[key] = schedule
+        self._fact("schedule", key, msgspec.to_builtins(schedule))
 
     # -- the app's life
     def start(self, now: float) -> list[Instruction]:
@@ -1450,6 +1455,11 @@ class Engine:
         for work in self.works.values():
             if work.spec.start_with_flow or work.book.current is not None or work.book.queue:
                 self._place(work)
+        for key, schedule in self.schedules.items():
+            if schedule.due <= now and not schedule.ticked and not schedule.catch_up:
+                due = following(schedule.cron, schedule.tz, schedule.due, now)
+                self._keep_schedule(key, msgspec.structs.replace(schedule, due=due))
+            self._pass_schedules[key] = self.schedules[key]
         self._woken = True
         return self.settle(now)
 
@@ -1515,22 +1525,16 @@ class Engine:
         calls: dict[str, list[Call]] = {}
         for value in facts.get("call", {}).values():
             call = msgspec.convert(value, Call)
-            calls.setdefault(call.work, []).append(call)
+            if call.work in self.works and number_of(call.id) > self.works[call.work].spec.used:
+                calls.setdefault(call.work, []).append(call)
         for name, book_calls in calls.items():
-            work = self.works.get(name)
-            if work is None:
-                continue
+            work = self.works[name]
             kept = facts.get("work", {}).get(name) or {}
+            work.book.restore(book_calls, held=None if clean else kept.get("held_key"))
             if clean:
-                book_calls = [
-                    call
-                    if call.done
-                    else call.replace(stage=Stage.STOPPED, reason=Reason.STOPPED, finished_at=call.started_at, due=None)
-                    for call in book_calls
-                ]
-            held = None if clean else kept.get("held_key")
-            work.book.restore(book_calls, held=held)
-            if clean:
+                for call in [call for call in work.book.calls.values() if not call.done]:
+                    stopped = call.move(Stage.STOPPED, reason=Reason.STOPPED, finished_at=call.started_at, due=None)
+                    work.book.finish(stopped)
                 work.book.forget_failures()
             work.live = (
                 work.book.current is not None
@@ -1552,22 +1556,23 @@ class Engine:
             agent = self.agents.setdefault(name, _Agent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
         for key, value in facts.get("schedule", {}).items():
-            schedule = msgspec.convert(value, Schedule)
-            self.schedules[key] = schedule
-            self._pass_schedules[key] = schedule
+            self.schedules[key] = msgspec.convert(value, Schedule)
 
     # -- reading
     def describe(self, work: _Work) -> dict[str, Any]:
-        """What REST shows of a Work."""
+        """What REST shows of a Work: `status` and `calls` as in the tree."""
         calls = list(work.book.calls.values())[-SHOWN_CALLS:]
+        status, shown = work.status(self.config.base_url), work.book.shown
         return {
             "name": work.spec.name,
             "kind": work.spec.kind,
             "display_name": work.spec.display_name,
-            **work.status(self.config.base_url),
-            "call": work.book.shown.id if work.book.shown is not None else None,
-            "attempt": work.book.shown.attempt if work.book.shown is not None else 0,
-            "calls": [call.public() for call in calls],
+            "status": status,
+            "url": status["url"],
+            "progress": status["progress"],
+            "call": None if shown is None else shown.id,
+            "attempt": 0 if shown is None else shown.attempt,
+            "calls": {call.id: call.public() for call in calls},
             "agent": work.agent if work.placed else None,
             "cloud_compute": work.spec.compute,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orch.component import Component, reserved_names
+from orch.component import Component, Shadow, reserved_names
 from orch.errors import StateTypeError
 from orch.structures import KEY, Dict, List, Structure
 from orch.work import Work
@@ -97,6 +97,7 @@ class Flow(Component):
             program = self._find_program()
             if program is not None:
                 program.record({"op": "remove", "path": f"{self._pointer}/vars/{name}"})
+        Shadow.cast(type(self), name)
         if isinstance(value, Component):
             self._adopt(value, name, None)
             self._children[name] = value

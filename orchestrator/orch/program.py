@@ -6,6 +6,7 @@ commits it. Between passes the engine's diffs are applied here first, so that a 
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from time import perf_counter
@@ -13,14 +14,14 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from orch.calls import Call, Reason, Stage, call_id, call_key, json_arguments
-from orch.component import Component, build, short_name
-from orch.errors import OrchError, StateTypeError, UsageError
+from orch.calls import BookView, Call, Reason, Stage, call_id, call_key, json_arguments, number_of, work_of
+from orch.component import Component, build, importable, short_name
+from orch.errors import CallError, OrchError, StateTypeError, UsageError
 from orch.flow import Flow
 from orch.frontends import Frontend, StaticFrontend, StreamlitFrontend
-from orch.schedule import next_tick
+from orch.schedule import following, next_tick
 from orch.state import format_pointer, parse_pointer, split_pointer
-from orch.structures import List, Structure
+from orch.structures import Dict, List, Structure
 from orch.wire import ComponentRecord, Op
 from orch.work import Work, WorkSpec, WorkView
 from orch_drive.drive import FLOW_INDEX
@@ -34,6 +35,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     catch_up: bool
     due: float
     """Seconds since the epoch; a pass at or after it that asks gets True."""
+    ticked: bool = False
+    """`due` was reached while the server lived: this tick waits for a pass that asks, it is not one that was missed."""
 
 
 class PassInput(msgspec.Struct, kw_only=True):
@@ -104,6 +107,7 @@ class Pass:
         self.parallel = parallel
         self.known = schedules
         self.schedules: dict[str, Schedule] = {}
+        self._asked: dict[str, tuple[str, str]] = {}
         self._numbers: dict[str, int] = {}
 
     def leave(self, how: str, message: str = "") -> NoReturn:
@@ -112,6 +116,10 @@ class Pass:
     def _for(self, work: Work) -> WorkAsk:
         name = short_name(work.name)
         return self.asks.setdefault(name, WorkAsk(work=name))
+
+    def replacing(self, work: Work) -> bool:
+        ask = self.asks.get(short_name(work.name))
+        return ask is not None and ask.replace
 
     # -- asking
     def ask(self, work: Work, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -186,20 +194,29 @@ class Pass:
 
     def restart_work(self, work: Work) -> None:
         ask = self._for(work)
+        if work._view.book.newest is None:
+            raise CallError(f"{work.name}.restart(): it has never been asked for a call, there is nothing to restart")
         ask.new, ask.replace, ask.restart = {}, False, True
 
     # -- schedules
     def schedule(self, key: str, cron: str, tz: str, catch_up: bool) -> bool:
-        known = self.schedules.get(key) or self.known.get(key)
+        """Is there a tick of `key` for this pass? Asking again in the same pass gives the same answer."""
+        asked = self._asked.setdefault(key, (cron, tz))
+        if asked != (cron, tz):
+            raise ValueError(
+                f"schedule {key!r} is asked for as {asked[0]!r} ({asked[1]}) and as {cron!r} ({tz}) in one pass: "
+                f"tell them apart with key="
+            )
+        known = self.known.get(key)
         if known is None or (known.cron, known.tz) != (cron, tz):
-            self.schedules[key] = Schedule(cron=cron, tz=tz, catch_up=catch_up, due=next_tick(cron, tz, self.now))
+            due = next_tick(cron, tz, self.now)
+            self.schedules[key] = Schedule(cron=cron, tz=tz, catch_up=catch_up, due=due)
             return False
-        if known.due > self.now or key in self.schedules:
+        if known.due > self.now:
+            if known.catch_up != catch_up:
+                self.schedules[key] = msgspec.structs.replace(known, catch_up=catch_up)
             return False
-        due = next_tick(cron, tz, known.due)
-        if not catch_up:
-            while due <= self.now:
-                due = next_tick(cron, tz, max(due, self.now - 1e-6) if cron.startswith("@every") else self.now)
+        due = next_tick(cron, tz, known.due) if catch_up else following(cron, tz, known.due, self.now)
         self.schedules[key] = Schedule(cron=cron, tz=tz, catch_up=catch_up, due=due)
         return True
 
@@ -220,6 +237,12 @@ class Program:
         """Drive id -> what the server knows of its files; None: Drives in the flow do their own I/O."""
         self.layout: list[dict[str, Any]] = []
         self.frontends: dict[str, dict[str, Any]] = {}
+        self._recorded: set[str] = set()
+        """Names of the records that the journal has."""
+        self._retired: dict[str, int] = {}
+        """Numbers that the calls of removed works have used, by short name: a new work of that name counts on."""
+        self._undo: list[Callable[[], None]] = []
+        """Takes back what the last transaction did besides changing variables."""
         root._program = self
 
     # -- the tree
@@ -272,51 +295,78 @@ class Program:
         if container is not None:
             at = "-" if position is None or position >= len(container) - 1 else str(position)
             here.ops.append({"op": "add", "path": f"{container._pointer}/order/{at}", "value": child._attribute})
+            self._note(here, container.name, container._record())
+        self._undo.append(lambda: _take_out(child, container))
         self._created(here, child)
 
     def structure_added(self, structure: Structure) -> None:
         here = self._mine()
         here.ops.append({"op": "add", "path": structure._pointer, "value": structure._node()})
-        here.records[f"{structure._owner.name}.{structure._attribute}"] = {  # type: ignore[union-attr]
-            "kind": type(structure).__name__,
-            "parent": structure._owner.name,  # type: ignore[union-attr]
-            "attribute": structure._attribute,
-        }
+        self._note(here, structure.name, structure._record())
+        self._undo.append(structure._detach)
         for member in structure._members():
             self._created(here, member)
 
     def _created(self, here: Pass, child: Component) -> None:
         assert child._parent is not None
-        here.records[child.name] = {
+        if not importable(type(child)):
+            raise StateTypeError(
+                f"{child.name}: {type(child).__qualname__} cannot be imported by name, a resume could not make it again",
+                hint="define the class at the top level of app.py or of a module beside it",
+            )
+        used: dict[str, int] = {}
+        for component in [child, *child._walk()]:
+            if isinstance(component, Work):
+                name = short_name(component.name)
+                here.created[name] = component
+                used[name] = self._retired.get(name, 0)
+                component._view = WorkView(book=BookView(counter=used[name]))
+        record = {
             "kind": "component",
             "parent": child._parent.name,
             "attribute": child._attribute,
             "container": child._container._attribute if child._container is not None else None,
             "record": msgspec.to_builtins(child._record),
+            "calls": {name: number for name, number in used.items() if number},
         }
-        for component in [child, *child._walk()]:
-            if isinstance(component, Work):
-                here.created[short_name(component.name)] = component
+        self._note(here, child.name, record)
 
-    def component_removed(self, child: Component, container: Structure) -> None:
+    def _note(self, here: Pass, name: str, record: Any) -> None:
+        here.records[name] = record
+        self._recorded.add(name)
+
+    def component_removed(self, child: Component, container: Structure, position: int) -> None:
         here = self._mine()
         here.ops.append({"op": "remove", "path": child._pointer})
         here.ops.append({"op": "replace", "path": f"{container._pointer}/order", "value": list(container._items)})
-        here.records[child.name] = None
+        below = [name for name in self._recorded if name == child.name or name.startswith(child.name + ".")]
+        here.records.update(dict.fromkeys(below))
+        self._note(here, container.name, container._record())
         for component in [child, *child._walk()]:
             if isinstance(component, Work):
                 name = short_name(component.name)
                 here.asks.pop(name, None)
                 if here.created.pop(name, None) is None:
                     here.removed.append(name)
+                if not isinstance(container, List):
+                    self._retired[name] = component._view.book.counter
+        self._undo.append(lambda: _put_back(child, container, position, below, self._recorded))
+        self._recorded.difference_update(below)
 
     # -- restoring
-    def restore(self, tree: dict[str, Any], records: Mapping[str, Any]) -> list[str]:
+    def restore(self, tree: dict[str, Any], records: Mapping[str, Any], calls: Iterable[str] = ()) -> list[str]:
         """Take kept state over: components made in passes are made again, state fills the attributes that still exist.
+
+        Args:
+            records: what passes recorded, by component name. calls: ids of all calls of the run.
 
         Returns one line for each difference between the kept state and what app.py declares now.
         """
         lines: list[str] = []
+        self._recorded = set(records)
+        for call in calls:
+            work = work_of(call)
+            self._retired[work] = max(self._retired.get(work, 0), number_of(call))
         self.root._program = None  # quiet: these are no changes of a pass
         try:
             for name in sorted(records, key=lambda n: (n.count("."), _natural(n))):
@@ -348,28 +398,46 @@ class Program:
             try:
                 if record["kind"] == "component":
                     self._rebuild_component(parent, record)
-                elif record["attribute"] not in parent._children:
-                    from orch import structures
-
-                    setattr(parent, record["attribute"], getattr(structures, record["kind"])())
+                else:
+                    self._rebuild_structure(parent, record)
             finally:
                 parent._declaring = False
-        except (AttributeError, ValueError, StateTypeError, TypeError) as error:
+        except Exception as error:  # whatever a constructor of a changed app.py raises
             lines.append(f"{short_name(name)}: cannot be made again: {error}")
+
+    def _rebuild_structure(self, parent: Flow, record: Any) -> None:
+        name = record["attribute"]
+        if name not in parent._children:
+            setattr(parent, name, (List if record["kind"] == "List" else Dict)())
+        structure = parent._children[name]
+        if not isinstance(structure, Structure):
+            raise AttributeError(f"{structure.name} is a {type(structure).__name__} now")
+        structure._next = max(structure._next, record["next"])
+        for key in record["removed"]:
+            if key in structure._items:
+                structure._remove(key)
 
     def _rebuild_component(self, parent: Flow, record: Any) -> None:
         container = record.get("container")
-        if container is None:
-            if record["attribute"] not in parent._children:
-                setattr(parent, record["attribute"], build(msgspec.convert(record["record"], ComponentRecord)))
-            return
-        structure = parent._children[container]
-        assert isinstance(structure, Structure)
         key = record["attribute"]
-        if key not in structure._items:
-            structure._insert(key, build(msgspec.convert(record["record"], ComponentRecord)))
-        if isinstance(structure, List):
-            structure._next = max(structure._next, int(key) + 1)
+        if container is None:
+            if key in parent._children:
+                return
+            child = build(msgspec.convert(record["record"], ComponentRecord))
+            setattr(parent, key, child)
+        else:
+            structure = parent._children[container]
+            if not isinstance(structure, Structure):
+                raise AttributeError(f"{structure.name} is a {type(structure).__name__} now")
+            if key in structure._items:
+                return
+            child = build(msgspec.convert(record["record"], ComponentRecord))
+            structure._insert(key, child)
+            structure._declared.discard(key)
+        for component in [child, *child._walk()]:
+            if isinstance(component, Work):
+                before = record.get("calls", {}).get(short_name(component.name), 0)
+                component._view = WorkView(book=BookView(counter=before))
 
     def _reorder(self, tree: dict[str, Any]) -> None:
         for component in self.components():
@@ -380,13 +448,12 @@ class Program:
                     except (KeyError, TypeError):
                         continue
                     known = {key: rank for rank, key in enumerate(order)}
-                    gone = [key for key in child._items if key not in known]
-                    if gone and order:
-                        continue
                     child._items = dict(sorted(child._items.items(), key=lambda item: known.get(item[0], len(known))))
 
     def reload(self, tree: dict[str, Any]) -> None:
-        """Undo what an abandoned transaction did to the variables: they are the tree's again."""
+        """Undo what an abandoned transaction did: structures as before, variables as the tree has them."""
+        while self._undo:
+            self._undo.pop()()
         for component in self.components():
             try:
                 node = _follow(tree, component._pointer)
@@ -445,6 +512,7 @@ class Program:
 
     def _transaction(self, here: Pass, body: Callable[[], Any]) -> PassResult:
         began = perf_counter()
+        self._undo = []
         self.current = here
         index = FLOW_INDEX.set(self.drive_index)
         result = PassResult(how="end")
@@ -468,13 +536,15 @@ class Program:
             self.current = None
         if result.how in ("stop", "fail"):
             here.asks = {}
-        result.ops = here.ops
+        result.ops = _squashed(here.ops)
         result.asks = list(here.asks.values())
         result.created = [work._spec() for work in here.created.values()]
         result.removed = here.removed
         result.records = here.records
         result.schedules = here.schedules
-        self.schedules.update(here.schedules)
+        if here.schedules:
+            self._undo.append(functools.partial(setattr, self, "schedules", self.schedules))
+            self.schedules = {**self.schedules, **here.schedules}
         result.seconds = perf_counter() - began
         return result
 
@@ -484,8 +554,12 @@ class Program:
         tabs = self._tabs(self.root, frontends)
         if tabs == self.layout and frontends == self.frontends:
             return None, {}
-        self.layout, self.frontends = tabs, frontends
+        self._undo.append(functools.partial(self._show, self.layout, self.frontends))
+        self._show(tabs, frontends)
         return tabs, frontends
+
+    def _show(self, tabs: list[dict[str, Any]], frontends: dict[str, dict[str, Any]]) -> None:
+        self.layout, self.frontends = tabs, frontends
 
     def _tabs(self, component: Component, frontends: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         if isinstance(component, Work):
@@ -571,11 +645,41 @@ def find_component(root: Component, name: str) -> Component:
         part = rest.pop(0)
         child: Any = component._children.get(part)
         if isinstance(child, Structure) and rest:
-            child = child._items.get(rest.pop(0))
+            key = rest.pop(0)
+            part, child = f"{part}.{key}", child._items.get(key)
         if not isinstance(child, Component):
             raise AttributeError(f"{component.name} has no child {part!r}")
         component = child
     return component
+
+
+def _take_out(child: Component, container: Structure | None) -> None:
+    """Undo of an insertion."""
+    assert child._parent is not None
+    (child._parent._children if container is None else container._items).pop(child._attribute)
+    child._parent = child._container = None
+
+
+def _put_back(child: Component, container: Structure, position: int, below: list[str], recorded: set[str]) -> None:
+    """Undo of a removal."""
+    container._place(child._attribute, child, position)
+    child._parent, child._container = container._owner, container
+    recorded.update(below)
+
+
+def _squashed(ops: list[Op]) -> list[Op]:
+    """The same change in fewer operations: an attribute that is only ever replaced keeps its last value."""
+    last: dict[str, int] = {}
+    mixed: set[str] = set()
+    for i, op in enumerate(ops):
+        target = split_pointer(parse_pointer(op["path"]))
+        if target is None:
+            return ops  # components come or go: paths mean something else before and after
+        attribute = format_pointer((*target.component, "vars", target.attr))
+        if target.rest or op["op"] != "replace":
+            mixed.add(attribute)
+        last[attribute] = i
+    return [op for i, op in enumerate(ops) if op["path"] in mixed or last.get(op["path"], i) == i]
 
 
 def _frontend(owner: Flow, content: Frontend, frontends: dict[str, dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import re
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
-__all__ = ["next_tick", "seconds"]
+__all__ = ["following", "next_tick", "seconds"]
 
 EVERY = re.compile(r"@every\s+(.+)")
 PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -21,13 +21,31 @@ def seconds(text: str) -> float:
     return sum(float(number) * UNITS[unit] for number, unit in parts)
 
 
+def _period(cron: str) -> float | None:
+    """Seconds between the ticks of an `@every` expression; None for others."""
+    if not isinstance(cron, str):
+        raise ValueError(f"{cron!r} is no cron expression: give 5 fields, @hourly, ... or '@every 10s'")
+    every = EVERY.fullmatch(cron.strip())
+    if every is None:
+        return None
+    period = seconds(every[1])
+    if period <= 0:
+        raise ValueError(f"{cron!r}: the period must be longer than zero")
+    return period
+
+
+def following(cron: str, tz: str, due: float, now: float) -> float:
+    """The first tick later than `now` of a schedule that ticks at `due`; `@every` keeps its rhythm."""
+    period = _period(cron)
+    if period is None:
+        return next_tick(cron, tz, max(due, now))
+    return due + period * (max(0.0, now - due) // period + 1)
+
+
 def next_tick(cron: str, tz: str, after: float) -> float:
     """The first tick later than `after` (seconds since the epoch). Raises ValueError."""
-    every = EVERY.fullmatch(cron.strip())
-    if every:
-        period = seconds(every[1])
-        if period <= 0:
-            raise ValueError(f"{cron!r}: the period must be longer than zero")
+    period = _period(cron)
+    if period is not None:
         return after + period
     from croniter import croniter
 

@@ -82,6 +82,7 @@ class ConsoleLike(Protocol):
     def note(self, text: str) -> None: ...
     def warn(self, text: str) -> None: ...
     def error(self, text: str) -> None: ...
+    def secret(self, name: str) -> str: ...
     def stopping(self, seconds: float) -> None: ...
     def done(self, code: int, message: str = "") -> None: ...
 
@@ -262,6 +263,7 @@ class Service:
             "app_file": str(options.app_file),
             "version": __version__,
             "drive": self.drive_url,
+            "secrets": sorted(self._secrets),
         }
         rev, tree, revs = 0, self.program.node(), None
         facts: dict[str, dict[str, Any]] = {}
@@ -270,13 +272,14 @@ class Service:
             self.run = self.journal.begin_run(meta)
         else:
             self.run = previous.run
+            self._ask_secrets(previous.meta.get("secrets", []))
             clean = previous.how is not None
             loaded = self.journal.load(self.run)
             if clean:
                 self.journal.resume_run(self.run)
             facts = loaded.facts
-            records = {name: r for name, r in facts.get("component", {}).items() if r is not None}
-            for line in self.program.restore(loaded.state, records):
+            records = facts.get("component", {})
+            for line in self.program.restore(loaded.state, records, facts.get("call", {})):
                 self.console.note(line)
             tree = _merged(self.program.node(), loaded.state)
             rev, revs = loaded.rev, msgspec.json.decode(loaded.tree.snapshot().revs)
@@ -299,6 +302,18 @@ class Service:
         if previous is not None:
             self.engine.restore(facts, clean=clean)
         self._routes = [self._api_route(flow, route) for flow, route in self.program.api_routes()]
+
+    def _ask_secrets(self, names: list[str]) -> None:
+        """The run that is resumed had these; their values were never written down."""
+        for name in names:
+            if name not in self._secrets:
+                value = os.environ.get(name) or self.console.secret(name)
+                if not value:
+                    raise UsageError(
+                        f"run {self.run} was started with the secret {name}, which is not kept",
+                        hint=f"give it again: --secret {name}",
+                    )
+                self._secrets[name] = value
 
     def _api_route(self, flow: Any, route: Any) -> ApiRoute:
         async def invoke(kwargs: dict[str, Any]) -> Any:

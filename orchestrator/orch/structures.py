@@ -49,6 +49,14 @@ class Structure:
         for key, member in self._items.items():
             owner._adopt(member, key, self)
 
+    def _detach(self) -> None:
+        """Undo of `_attach`."""
+        if self._owner is not None:
+            self._owner._children.pop(self._attribute)
+        self._owner = None
+        for member in self._items.values():
+            member._parent = member._container = None
+
     def _check(self, value: Any) -> Component:
         if not isinstance(value, Component):
             raise StateTypeError(

@@ -30,6 +30,7 @@ from orch.engine import (
     Engine,
     Event,
     Exit,
+    ForgetWorks,
     Instruction,
     LaunchAgent,
     Note,
@@ -106,6 +107,7 @@ class FakeWork:
         self.stop_after = 0.0
         self.starts: list[StartCall] = []
         self.current: StartCall | None = None
+        self.ready = False
         self.port = 0
 
     def code(self) -> int:
@@ -144,15 +146,19 @@ class AppTester:
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._seq = 0
+        self._unacked: list[tuple[int, Item]] = []
         self._epoch = 1
-        self._start(flow)
+        self._begin_server(Program(flow))
 
-    def _start(self, flow: Flow | Work, tree: dict[str, Any] | None = None, rev: int = 0) -> None:
-        self.program = Program(flow, log_tail=lambda name: [])
+    def _begin_server(
+        self, program: Program, tree: dict[str, Any] | None = None, rev: int = 0, *, clean: bool = False
+    ) -> None:
+        self.program = program
+        self.flow = program.root
         config = Config(app="test", run=1, base_url="http://testserver")
-        self.engine = Engine(config, tree or self.program.node(), self.program.specs(), rev=rev)
+        self.engine = Engine(config, tree or program.node(), program.specs(), rev=rev)
         if tree is not None:
-            self.engine.restore(self.facts, clean=False)
+            self.engine.restore(self.facts, clean=clean)
         self._carry_out(self.engine.start(self.clock.now))
 
     # -- what tests say
@@ -197,9 +203,12 @@ class AppTester:
         """Every call of a Work in this run, oldest first."""
         return list(self.engine.find(name).book.calls.values())
 
-    def patch(self, ops: list[Op], *, cause: str = "api") -> int:
-        """A diff from outside, as REST would bring it. Returns the revision; raises what REST would answer."""
-        return int(self._ask(lambda ticket: Patch(ticket=ticket, ops=ops, cause=cause)))
+    def patch(self, ops: list[Op], *, cause: str = "api", match: tuple[str, int] | None = None) -> int:
+        """A diff from outside, as REST would bring it. Returns the revision; raises what REST would answer.
+
+        `match`: a pointer and the revision that the request speaks of (`If-Match`).
+        """
+        return int(self._ask(lambda ticket: Patch(ticket=ticket, ops=ops, cause=cause, match=match)))
 
     def set(self, where: str, value: Any) -> int:
         """Assign a variable: a pointer, or a dotted name like `ui.train_start`."""
@@ -250,15 +259,22 @@ class AppTester:
 
     def restart_server(self) -> None:
         """kill -9 of the flow server, and a new one: only what was journalled survives; the agent lives on."""
+        self._continue(clean=False)
+
+    def resume(self) -> None:
+        """The run ended and is gone on with (`orch run --resume`): no process of it lives any more."""
+        for fake in self.fakes.values():
+            fake.current, fake.ready, fake.port = None, False, 0
+        self._epoch, self._seq, self._unacked = self._epoch + 1, 0, []
+        self.exit_code, self.message = None, ""
+        self._continue(clean=True)
+
+    def _continue(self, *, clean: bool) -> None:
         self._queue.clear()
         tree = msgspec.json.decode(msgspec.json.encode(self.engine.tree.root))
-        flow = self._class(*decode_argument(self._record.args), **decode_argument(self._record.kwargs))
-        self.flow = flow
-        records = {name: record for name, record in self.facts.get("component", {}).items() if record is not None}
-        program = Program(flow)
-        self.notes += program.restore(tree, records)
-        node = program.node()
-        self._start(flow, _with_statuses(node, tree), self.engine.tree.rev)
+        program = Program(self._class(*decode_argument(self._record.args), **decode_argument(self._record.kwargs)))
+        self.notes += program.restore(tree, self.facts.get("component", {}), self.facts.get("call", {}))
+        self._begin_server(program, _with_statuses(program.node(), tree), self.engine.tree.rev, clean=clean)
 
     # -- time
     def step(self) -> bool:
@@ -331,7 +347,7 @@ class AppTester:
     def _take_stray(self) -> None:
         if self.program.stray:
             ops, self.program.stray = self.program.stray, []
-            self._event(Patch(ops=ops, cause="api"))
+            self._event(Patch(ops=ops, cause="api", known=True))
 
     def _event(self, event: Event) -> None:
         self._carry_out(self.engine.handle(event, self.clock.now))
@@ -346,7 +362,11 @@ class AppTester:
             return
         self.revisions += batch.revisions
         for kind, key, value in batch.facts:
-            self.facts.setdefault(kind, {})[key] = msgspec.json.decode(msgspec.json.encode(value))
+            kept = self.facts.setdefault(kind, {})
+            if value is None:
+                kept.pop(key, None)
+            else:
+                kept[key] = msgspec.json.decode(msgspec.json.encode(value))
 
     def _carry_out(self, instructions: Iterable[Instruction]) -> None:
         self._commit()
@@ -363,7 +383,7 @@ class AppTester:
             case Reply(ticket=ticket):
                 self._answers[ticket] = instruction
             case LaunchAgent(agent=agent):
-                self._queue.append(lambda: self._event(self._agent_up(agent)))
+                self._queue.append(lambda: self._attach(agent))
             case PlaceWorks(agent=agent, works=works):
                 placed = [self._place(place.work, place.port) for place in works]
                 self._queue.append(lambda: self._event(PlacedWorks(agent=agent, placed=placed)))
@@ -392,6 +412,7 @@ class AppTester:
                 call=fake.current.call if fake.current else None,
                 attempt=fake.current.attempt if fake.current else 0,
                 stage="running" if fake.current else "not_started",
+                ready=fake.ready,
             )
             for fake in self.fakes.values()
             if fake.port
@@ -407,11 +428,26 @@ class AppTester:
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
         heapq.heappush(self._due, (self.clock.now + seconds, next(self._order), what))
 
+    def _attach(self, agent: str) -> None:
+        self._event(self._agent_up(agent))
+        self._push()
+
     def _report(self, *items: Item) -> None:
-        first = self._seq + 1
-        self._seq += len(items)
-        self._event(Pushed(push=Push(agent="local", epoch=self._epoch, seq=first, items=list(items))))
+        for item in items:
+            self._seq += 1
+            self._unacked.append((self._seq, item))
+        self._push()
         self._settle()
+
+    def _push(self) -> None:
+        """What the flow has not journalled yet, again and again: it takes each item once."""
+        if not self._unacked:
+            return
+        first = self._unacked[0][0]
+        items = [item for _, item in self._unacked]
+        self._event(Pushed(push=Push(agent="local", epoch=self._epoch, seq=first, items=items)))
+        acked = self.engine.agents["local"].acked
+        self._unacked = [(seq, item) for seq, item in self._unacked if seq > acked]
 
     def _launch(self, call: StartCall) -> None:
         fake = self.fake(call.work)
@@ -438,6 +474,7 @@ class AppTester:
 
     def _answering(self, fake: FakeWork, call: StartCall) -> None:
         if fake.current is call:
+            fake.ready = True
             self._report(Ready(work=fake.name, call=call.call, attempt=call.attempt, at=self.now))
 
     def _exit(self, fake: FakeWork, call: StartCall) -> None:
@@ -453,7 +490,7 @@ class AppTester:
     def _finish(self, fake: FakeWork, call: StartCall, **how: Any) -> None:
         if fake.current is not call:
             return
-        fake.current = None
+        fake.current, fake.ready = None, False
         self._report(Ended(work=fake.name, call=call.call, attempt=call.attempt, at=self.now, **how))
 
 

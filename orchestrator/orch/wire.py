@@ -206,6 +206,10 @@ class VarOps(Message, tag="vars", frozen=True, kw_only=True):
     ops: list[Op]
     call: str | None = None
     base_rev: int | None = None
+    attempt: int = 0
+    n: int = 0
+    """Of a Python Work: its process's own number of this change, from 1 in an attempt. A process that a new agent adopts
+    says again what it has not seen echoed: what the flow has of this (call, attempt) up to `n` is not taken twice."""
 
 
 class Started(Message, tag="started", frozen=True, kw_only=True):

@@ -82,6 +82,8 @@ class WorkSpec(msgspec.Struct, frozen=True, kw_only=True):
     sync_interval: float = 2.0
     prefix: str = "strip"
     restart: str = "never"
+    used: int = 0
+    """Numbers that an earlier work of this name has given its calls."""
     hidden: bool = False
     """A page's own server (Streamlit): supervised like a service, not part of the tree."""
 
@@ -186,6 +188,11 @@ class Work(Component):
         # process takes the shadow away (see `_build`).
         object.__setattr__(self, "run", self._ask)
 
+    def _complete(self) -> None:
+        if not self._options:
+            name = type(self).__name__
+            raise StateTypeError(f"{name}.__init__ does not call super().__init__(): a Work needs it")
+
     @classmethod
     def _build(cls, record: ComponentRecord) -> Work:
         """The Work of a record, ready to execute: called in the work's own process."""
@@ -213,10 +220,7 @@ class Work(Component):
 
     # -- asking
     def _ask(self, *args: Any, **kwargs: Any) -> Call:
-        program = self._find_program()
-        if program is None or program.current is None:
-            raise CallError(f"{self.name}.run() was called outside a pass: ask for calls in a Flow's run()")
-        return program.current.ask(self, args, kwargs)
+        return self._in_pass("run").ask(self, args, kwargs)
 
     def stop(self) -> None:
         """Stop the running call and drop the waiting ones; a later pass's `run()` starts again."""
@@ -228,9 +232,17 @@ class Work(Component):
 
     def _in_pass(self, what: str) -> Pass:
         program = self._find_program()
-        if program is None or program.current is None:
+        if program is None:
+            raise CallError(f"{type(self).__name__}.{what}(): this work is not part of the app (any more)")
+        if program.current is None:
             raise CallError(f"{self.name}.{what}() was called outside a pass: call it in a Flow's run()")
         return program.current
+
+    @property
+    def _giving_way(self) -> bool:
+        """This pass has asked for a call that replaces the running one."""
+        program = self._find_program()
+        return program is not None and program.current is not None and bool(program.current.replacing(self))
 
     def _argument_error(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Why a call with these arguments cannot be started; empty if it can."""
@@ -285,11 +297,11 @@ class Work(Component):
     @property
     def url(self) -> str:
         """Address through the proxy; empty until the server is ready."""
-        return self._view.url
+        return "" if self._giving_way else self._view.url
 
     @property
     def is_ready(self) -> bool:
-        return self._view.ready
+        return self._view.ready and not self._giving_way
 
     @property
     def host(self) -> str | None:
@@ -336,7 +348,13 @@ class Work(Component):
 
     # -- as data
     def _spec(self) -> WorkSpec:
-        return WorkSpec(name=short(self.name), pointer=self._pointer, record=self._record, **self._declaration())
+        return WorkSpec(
+            name=short(self.name),
+            pointer=self._pointer,
+            record=self._record,
+            used=self._view.book.counter,
+            **self._declaration(),
+        )
 
     def _declaration(self) -> dict[str, Any]:
         return {"kind": "python", **self._options}

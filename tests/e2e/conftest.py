@@ -61,6 +61,6 @@ def shoot(artifacts: Path) -> Callable[[Page, str], None]:
     folder.mkdir(exist_ok=True)
 
     def take(page: Page, name: str) -> None:
-        page.screenshot(path=folder / f"{name}.png")
+        (folder / f"{name}.png").write_bytes(page.screenshot())
 
     return take

@@ -28,7 +28,7 @@ def studio(tmp_path: Path, orch_app: Callable[..., RunningApp]) -> RunningApp:
     shutil.copy(ROOT / "app.py", folder)
     shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
     with np.load(folder / "scripts/data/digits.npz") as digits:
-        longer = {name: np.concatenate([digits[name]] * (8 if "train" in name else 1)) for name in digits}
+        longer = {name: np.concatenate([digits[name]] * (4 if "train" in name else 1)) for name in digits}
     np.savez(folder / "digits_long.npz", **longer)
     return orch_app(folder)
 
@@ -65,12 +65,14 @@ class Studio:
         deadline = time.monotonic() + timeout
         while not board.get_by_text(run, exact=True).first.is_visible():
             assert time.monotonic() < deadline, f"{run} is not in TensorBoard after {timeout:g} s"
-            board.get_by_role("button", name="Reload", exact=False).first.click()
+            board.locator("app-header-reload button").click()
             self.page.wait_for_timeout(500)
 
     def recognise(self, example: int) -> str:
         """The label that EVAL gives to an example."""
         gradio = self.tab("EVAL")
+        gradio.get_by_role("button", name="Clear", exact=True).click()
+        expect(gradio.get_by_test_id("label-output-value")).to_have_count(0)
         gradio.locator(".gallery-item").nth(example).click()
         expect(gradio.locator("img[alt]").first).to_be_visible()
         gradio.get_by_role("button", name="Submit").click()
@@ -104,7 +106,7 @@ def test_the_studio(page: Page, studio: RunningApp, shoot: Callable[[Page, str],
     shoot(page, "train")
     user.tensorboard_shows("version_0", timeout=60)
     shoot(page, "diag")
-    assert studio.work("train")["status"]["stage"] == "running", "it ended before TensorBoard showed it"
+    assert studio.state("/works/train/status/stage") == "running", "it ended before TensorBoard showed it"
     assert user.recognise(1) == truth[1], "EVAL answers while a training runs"
 
     app = user.tab("APP")

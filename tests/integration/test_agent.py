@@ -46,7 +46,8 @@ async def test_command_lines(flow: FakeFlow) -> None:
         (["show.py", "--port={port}", "{{port}}", "{other}"], {}, [f"--port={placed.port}", "{port}", "{other}"]),
         ("python3 show.py", {"script_args": ["{host}"], "args": ["{host}", "x y"]}, ["127.0.0.1", "{host}", "x y"]),
         ("{work_dir}/../../../show.py", {"base_path": "/view/w"}, []),
-        ('python show.py "$@" $(echo sub) {base_path} "${HOME:0:1}"', {"shell": True, "args": ["p q", "{port}"], "base_path": "/v"},
+        ('python show.py "$@" $(echo sub) {base_path} "${HOME:0:1}"',
+         {"shell": True, "args": ["p q", "{port}"], "base_path": "/v"},
          ["p q", "{port}", "sub", "/v", "/"]),
     ]  # fmt: skip
     for n, (command, fields, expected) in enumerate(cases, 1):

@@ -139,6 +139,9 @@ class Upstream:
                 if message["type"] == "websocket.disconnect":
                     self.closed.append((message["code"], message.get("reason") or ""))
                     return
+                if message.get("text") == "flood":
+                    while True:
+                        await socket.send_text("x" * 1000)
                 if message.get("text", "") and message["text"].startswith("close "):
                     _, code, reason = message["text"].split(" ", 2)
                     await socket.close(int(code), reason)
@@ -147,7 +150,7 @@ class Upstream:
                     await socket.send_text(message["text"])
                 else:
                     await socket.send_bytes(message["bytes"])
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, OSError):
             self.closed.append((1006, ""))
 
 
@@ -495,6 +498,23 @@ async def test_close_codes_pass(setup: Setup) -> None:
             break
         await asyncio.sleep(0.01)
     assert setup.upstream.closed == [(1000, "bye"), (4000, "bye")]
+
+
+async def test_a_browser_that_leaves_in_a_flood_of_messages_is_no_error(
+    setup: Setup, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(5):
+        socket = await setup.ws("/view/work/ws")
+        await socket.send("flood")
+        await socket.recv()
+        socket.transport.abort()
+        await socket.wait_closed()
+    for _ in range(500):
+        if len(setup.upstream.closed) == 5:
+            break
+        await asyncio.sleep(0.01)
+    assert len(setup.upstream.closed) == 5  # each upstream connection has ended, too
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_refusals_of_the_upstream_pass(setup: Setup) -> None:

@@ -61,6 +61,7 @@ class FakeFlow:
         self.epoch = 1
         self.rev = 0
         self.vars: dict[str, dict[str, Any]] = {}
+        self.taken: dict[Any, int] = {}
         self.pushes = 0
         self.away = False
         self.reject: Callable[[VarOps], str] = lambda item: ""
@@ -126,6 +127,11 @@ class FakeFlow:
         return Response(encode(PushReply(acked=self.acked, results=results)), media_type="application/json")
 
     def _accept(self, seq: int, item: VarOps) -> ItemResult:
+        origin = (item.call, item.attempt)
+        if item.n and item.n <= self.taken.get(origin, 0):
+            return ItemResult(seq=seq)
+        if item.n:
+            self.taken[origin] = item.n
         error = self.reject(item)
         if error:
             return ItemResult(seq=seq, error=error, status=422)

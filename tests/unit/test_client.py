@@ -65,14 +65,6 @@ async def test_waiting(client: Client, backend: FakeBackend) -> None:
     await backend.patch([{"op": "replace", "path": "/vars/count", "value": 1}], cause="flow")
     assert await waiting == 11
     assert await call(client.wait_change, "/vars/count", after=11, wait=0.01) == 11
-    assert await call(client.wait_stage, "trainer", "running") == "running"
-    ended = asyncio.ensure_future(call(client.wait_stage, "trainer", ended=True))
-    await asyncio.sleep(0.05)
-    backend.tree.apply([{"op": "replace", "path": "/works/trainer/status/stage", "value": "failed"}], 12, guard=False)
-    await backend.tell("status", {})
-    assert await ended == "failed"
-    with pytest.raises(OrchError, match="trainer is still failed"):
-        await call(client.wait_stage, "trainer", "running", timeout=0.01)
 
 
 async def test_errors_arrive_as_what_they_are(client: Client, tmp_path: Path) -> None:
@@ -108,7 +100,6 @@ async def test_a_wrong_token_and_no_server(client: Client) -> None:
             await call(nobody.works)
         assert "orch run" in lost.value.hint
         assert not await call(nobody.alive)
-        assert await call(nobody.wait_closed, 5)
         with pytest.raises(RuntimeLost):
             await call(list, nobody.events())
 

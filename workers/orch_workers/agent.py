@@ -448,7 +448,7 @@ class Agent:
                 break  # a gap: the process sends again from what is answered
             work.received = batch.n
             if batch.ops:
-                work.origins[self._change(work, batch.ops)] = batch.n
+                work.origins[self._change(work, batch.ops, batch.n)] = batch.n
             for manifest in batch.published:
                 attempt = work.attempt
                 self._outbox.add(
@@ -489,15 +489,17 @@ class Agent:
             work.session, work.received, work.echoed = session, 0, 0
             work.origins.clear()
 
-    def _change(self, work: PlacedWork, ops: list[Op]) -> int:
-        seq = self._outbox.add(
-            VarOps(
-                work=work.name,
-                ops=ops,
-                call=work.attempt.start.call if work.attempt else None,
-                base_rev=work.live.rev,
-            )
+    def _change(self, work: PlacedWork, ops: list[Op], n: int = 0) -> int:
+        start = work.attempt.start if work.attempt is not None else None
+        item = VarOps(
+            work=work.name,
+            ops=ops,
+            call=start.call if start is not None else None,
+            base_rev=work.live.rev,
+            attempt=start.attempt if start is not None and n else 0,
+            n=n,
         )
+        seq = self._outbox.add(item)
         work.live.local(seq, ops)
         self._vars_changed(work)
         return seq

@@ -91,4 +91,4 @@ class Outcome(Message, frozen=True, kw_only=True, omit_defaults=True):
     traceback: str = ""
     session: str = ""
     unsent: list[Batch] = msgspec.field(default_factory=list)
-    """Changes that no agent was there to take."""
+    """Changes that the tree had not echoed: an agent that has not taken them does it now."""

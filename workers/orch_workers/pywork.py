@@ -213,12 +213,14 @@ class LiveLink:
         self._to_send.set()
 
     def finish(self, timeout: float) -> list[Batch]:
-        """Waits until the agent has all changes. Returns those that it has not taken within `timeout` seconds."""
+        """Waits until the agent has all changes, at most `timeout` seconds. Returns those that the tree has not echoed: an
+        agent that has them leaves them out, one that comes later takes them."""
         with self._settled:
             self._close_batch()
             self._to_send.set()
             self._settled.wait_for(lambda: not self._queue, timeout)
             self._ending = True
+            self._requeue(0)
             left = list(self._queue)
         self._to_send.set()
         return left

@@ -95,6 +95,12 @@ class Console:
         """What went wrong, on stderr; a traceback may have several lines."""
         self._write(self._err, self._paint(f"orch: {text}", "red", self._err))
 
+    def secret(self, name: str) -> str:
+        """Ask for a secret's value; empty where there is nobody to ask."""
+        from orch.cli.run import ask_secret
+
+        return ask_secret(name) if sys.stdin is not None and sys.stdin.isatty() else ""
+
     def stopping(self, seconds: float) -> None:
         """The app is asked to end; its works have that long."""
         self.note(f"stopping (up to {seconds:.0f} s); Ctrl-C again kills")

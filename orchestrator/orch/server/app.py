@@ -96,8 +96,7 @@ class FlowApp:
             await self._proxy(scope, receive, send)
             return
         if scope["type"] == "http":
-            if not path.startswith("/api/v1/"):
-                self._user_routes.refresh()
+            self._user_routes.refresh()
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET", HEAD_REQUEST: True}
                 send = _without_body(send)

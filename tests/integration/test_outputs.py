@@ -1,0 +1,207 @@
+"""A script's files: inputs, outputs, reloads, on a real Drive on local disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_flow import flow_with_agent
+
+from orch.wire import Ended, Published, StartCall
+from orch_drive import DriveAmbiguous, DriveConflict, DriveNotFound, DriveStaleEpoch, DriveStore
+from orch_workers.outputs import FileTransfer, split_owner
+
+Make = Callable[..., FileTransfer]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/drive"
+
+
+@pytest.fixture
+def make(tmp_path: Path, url: str) -> Make:
+    """`make(work, folder, inputs=..., outputs=...)`; what it reports is in `make.published`."""
+    published: list[tuple[str, dict[str, Any]]] = []
+
+    def transfer(
+        work: str,
+        folder: str = "cwd",
+        *,
+        writers: tuple[tuple[str, Path], ...] = (),
+        epoch: int = 1,
+        attempt: int = 1,
+        **fields: Any,
+    ) -> FileTransfer:
+        cwd = tmp_path / folder
+        cwd.mkdir(exist_ok=True)
+        start = StartCall(work=work, call=f"1-{work}-1", attempt=attempt, kind="script", **fields)
+        return FileTransfer(
+            start,
+            cwd=cwd,
+            drive_url=url,
+            epoch=epoch,
+            on_published=lambda drive, manifest: published.append((drive, manifest)),
+            writers=lambda: list(writers),
+        )
+
+    transfer.published = published  # type: ignore[attr-defined]
+    return transfer
+
+
+def put(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def publish(make: Make, tmp_path: Path, work: str, files: dict[str, str], output: str = "logs") -> None:
+    put(tmp_path / f"made-by-{work}", files)
+    make(work, f"made-by-{work}", outputs=[output]).finish()
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_owners() -> None:
+    assert split_owner("logs/a:b") == (None, "logs/a:b")
+    assert split_owner("ui.trainer:logs") == ("ui.trainer", "logs")
+    assert split_owner("*:logs") == ("*", "logs")
+
+
+def test_inputs_are_merged_over_what_is_there(make: Make, tmp_path: Path) -> None:
+    publish(make, tmp_path, "trainer", {"logs/a": "new", "logs/b": "b"})
+    put(tmp_path / "cwd", {"logs/a": "old", "logs/own": "own"})
+    make("eval", inputs=["logs"]).prepare()
+    assert content(tmp_path / "cwd") == {"logs/a": "new", "logs/b": "b", "logs/own": "own"}
+    make("eval2", "cwd2", inputs=["trainer:logs/b"]).prepare()
+    assert content(tmp_path / "cwd2") == {"logs/b": "b"}
+
+
+def test_missing_inputs(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(DriveNotFound, match=r"'logs' of eval .*'app'.*cwd"):
+        make("eval", inputs=["logs"]).prepare()
+    with pytest.raises(DriveNotFound, match="trainer:logs"):
+        make("eval", inputs=["trainer:logs"]).prepare()
+    make("eval", inputs=["logs"], outputs=["logs"]).prepare()  # also an output: a first run has none
+    put(tmp_path / "cwd", {"logs/x": "here"})
+    make("eval", inputs=["logs"]).prepare()
+    assert content(tmp_path / "cwd") == {"logs/x": "here"}
+
+
+def test_several_owners(make: Make, tmp_path: Path) -> None:
+    publish(make, tmp_path, "a", {"logs/x": "from a"})
+    publish(make, tmp_path, "b", {"logs/x": "from b"})
+    with pytest.raises(DriveAmbiguous, match="a, b"):
+        make("eval", inputs=["logs"]).prepare()
+    make("eval", inputs=["b:logs"]).prepare()
+    assert content(tmp_path / "cwd") == {"logs/x": "from b"}
+    make("all", "all", inputs=["*:logs"]).prepare()
+    assert content(tmp_path / "all") == {"logs/a/x": "from a", "logs/b/x": "from b"}
+
+
+def test_what_was_published_from_here_is_left_alone(make: Make, tmp_path: Path) -> None:
+    put(tmp_path / "cwd", {"logs/x": "published"})
+    make("trainer", outputs=["logs"]).finish()
+    put(tmp_path / "cwd", {"logs/x": "edited since"})
+    make("eval", inputs=["logs"]).prepare()
+    assert content(tmp_path / "cwd") == {"logs/x": "edited since"}
+    (tmp_path / "cwd/logs/x").unlink()
+    (tmp_path / "cwd/logs").rmdir()
+    make("eval", inputs=["logs"]).prepare()
+    assert content(tmp_path / "cwd") == {"logs/x": "published"}
+
+
+def test_never_over_a_file_that_another_work_writes(make: Make, tmp_path: Path) -> None:
+    publish(make, tmp_path, "trainer", {"logs/x": "theirs", "data/y": "y"})
+    put(tmp_path / "cwd", {"logs/x": "mine"})
+    writers = (("writer", tmp_path / "cwd/logs"),)
+    with pytest.raises(DriveConflict, match=r"eval .*logs.* writer "):
+        make("eval", inputs=["logs"], writers=writers).prepare()
+    assert content(tmp_path / "cwd") == {"logs/x": "mine"}
+    put(tmp_path / "cwd", {"logs/x": "theirs"})  # the same already: nothing is written
+    make("eval", inputs=["logs"], writers=writers).prepare()
+
+
+def test_outputs_partial_then_complete(make: Make, tmp_path: Path, url: str) -> None:
+    store = DriveStore(url, "app")
+    transfer = make("trainer", outputs=["logs", "model.pt"])
+    transfer.prepare()
+    transfer.sync()  # nothing there yet
+    put(tmp_path / "cwd", {"logs/a": "1"})
+    transfer.sync()
+    transfer.sync()
+    assert store.resolve("logs") is None
+    partial = store.resolve("logs", partial=True)
+    assert partial is not None and partial.partial and partial.call == "1-trainer-1"
+    put(tmp_path / "cwd", {"logs/a": "2", "logs/b": "b"})
+    transfer.sync()
+    with pytest.raises(DriveNotFound, match=r"'model\.pt'.*cwd"):
+        transfer.finish()
+    assert store.resolve("logs") is None
+    put(tmp_path / "cwd", {"model.pt": "m"})
+    assert transfer.finish() == ["logs", "model.pt"]
+    complete = store.resolve("logs", partial=True)
+    assert complete is not None and not complete.partial and [entry.name for entry in complete.entries] == ["a", "b"]
+    told = [(manifest["path"], manifest.get("partial", False)) for _, manifest in make.published]  # type: ignore[attr-defined]
+    assert told == [("logs", True), ("logs", True), ("logs", False), ("model.pt", False)]
+    # The partial of a call that failed stays until the next call, not until the next attempt.
+    put(tmp_path / "cwd", {"logs/a": "3"})
+    make("trainer", outputs=["logs"]).sync()
+    make("trainer", outputs=["logs"], attempt=2).prepare()
+    assert (found := store.resolve("logs", partial=True)) is not None and found.partial
+    make("trainer", outputs=["logs"]).prepare()
+    assert (found := store.resolve("logs", partial=True)) is not None and not found.partial
+
+
+def test_an_old_incarnation_cannot_publish(make: Make, tmp_path: Path) -> None:
+    put(tmp_path / "cwd", {"logs/a": "1"})
+    make("trainer", outputs=["logs"], epoch=2).finish()
+    put(tmp_path / "cwd", {"logs/a": "2"})
+    with pytest.raises(DriveStaleEpoch):
+        make("trainer", outputs=["logs"], epoch=1).finish()
+
+
+def test_reload_follows_partial_versions(make: Make, tmp_path: Path) -> None:
+    service = make("board", "board", reload=["logs"])
+    service.prepare()
+    trainer = make("trainer", "train", outputs=["logs"])
+    for text in ("one", "two", "three"):
+        put(tmp_path / "train", {"logs/events": text})
+        trainer.sync()
+        service.sync()
+        assert content(tmp_path / "board") == {"logs/events": text}
+
+
+async def test_a_script_with_files(tmp_path: Path) -> None:
+    async with flow_with_agent(tmp_path / "app") as flow:
+        store = DriveStore(f"file://{flow.orch_dir}/drive", "app")
+        put(flow.folder, {"a/keep": ""})
+        await flow.place("make")
+        await flow.place("use")
+        step = "echo {0} > out/f; sleep 0.5"
+        command = ["bash", "-c", f"mkdir -p out; {step.format(1)}; {step.format(2)}; exit $0"]
+        await flow.start("make", command, args=["3"], outputs=["out"], cwd="a", sync_interval=0.1)
+        ended = await flow.ended("make")
+        assert ended.reason == "exit_code"
+        assert store.resolve("out") is None
+        assert store.read_bytes("out/f", partial=True) == b"2\n"
+        await flow.start("make", command, n=2, args=["0"], outputs=["out"], cwd="a", sync_interval=0.1)
+        ended = await flow.ended("make", 2)
+        assert ended.reason is None and ended.result == ["out"]
+        kinds = [type(item) for _, item, _ in flow.items]
+        assert kinds.index(Published) < kinds.index(Ended) and kinds[-2:] == [Published, Ended]
+        put(flow.folder, {"b/keep": ""})
+        await flow.start("use", "cat out/f", inputs=["out"], cwd="b")
+        ended = await flow.ended("use")
+        assert ended.reason is None and flow.log_of("use").endswith("2\n") and ended.result == []
+        await flow.start("use", "cat out/f", n=2, inputs=["nowhere"], cwd="b")
+        ended = await flow.ended("use", 2)
+        assert ended.reason == "exception" and "nowhere" in ended.message
+        await flow.start("use", "true", n=3, outputs=["nowhere"], cwd="b")
+        ended = await flow.ended("use", 3)
+        assert ended.reason == "exception" and "nowhere" in ended.message and ended.exit_code == 0
