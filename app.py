@@ -30,7 +30,7 @@ class StudioUI(Flow):
     def configure_layout(self):
         return StreamlitFrontend("scripts/ui_script.py:main_ui")
 
-    def show(self, train, evaluate, models):
+    def show(self, train, serving, models):
         """Assigning an equal value is no change, so this may be said in every pass."""
         self.models = models
         self.training = {
@@ -41,11 +41,7 @@ class StudioUI(Flow):
             "metrics": train.metrics,
             "last_lines": train.last_lines if train.has_failed else [],
         }
-        self.serving = {
-            "ready": evaluate.is_ready,
-            "stage": evaluate.status.stage,
-            "message": evaluate.status.message,
-        }
+        self.serving = serving
 
 
 class Studio(Flow):
@@ -78,7 +74,7 @@ class Studio(Flow):
 
     def run(self):
         self.diag.run()
-        self.eval.run(["--model_path", self.path_of(self.ui.model)])  # other arguments replace the server that is up
+        server = self.eval.run(["--model_path", self.path_of(self.ui.model)])  # other arguments replace what is up
 
         if self.eval.retrain:
             self.eval.retrain = False
@@ -88,7 +84,9 @@ class Studio(Flow):
             if call.done:
                 self.ui.train_start = False
 
-        self.ui.show(self.train, self.eval, self.models())
+        ready = self.eval.is_ready and server.stage == "running"
+        serving = {"ready": ready, "stage": server.stage, "message": server.message}
+        self.ui.show(self.train, serving, self.models())
 
     def models(self):
         """Every finished training's model, the newest first, then the one that came with the studio."""

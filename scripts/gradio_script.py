@@ -6,8 +6,10 @@ python scripts/gradio_script.py --model_path lightning_logs/version_0/model.pt2 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="digits-")  # Gradio looks while it is imported
 
 import gradio as gr
 import numpy as np
@@ -99,12 +102,11 @@ def main() -> None:
     args = parser.parse_args()
     if not args.model_path.is_file():
         parser.error(f"--model_path {args.model_path}: there is no such file")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leave the with block, so that nothing stays in /tmp
+    atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # an orderly end, so that nothing stays in /tmp
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    with tempfile.TemporaryDirectory(prefix="digits-") as folder:
-        os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(folder, "cache")))
-        page = build(args.model_path, write_examples(Path(folder)), args.flagged)
-        page.launch(server_name=args.host, server_port=args.port, share=False, theme=theme, footer_links=[])
+    page = build(args.model_path, write_examples(Path(os.environ["GRADIO_TEMP_DIR"])), args.flagged)
+    page.launch(server_name=args.host, server_port=args.port, share=False, theme=theme, footer_links=[])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def show_metrics(training: dict[str, Any]) -> None:
 
 
 def deploy(state: Any) -> None:
-    model = st.selectbox("Select Model", state.models)
+    model = st.selectbox("Select Model", state.models, key="model")
     if st.button("Deploy Model"):
         state.model = model
         st.rerun()

@@ -17,11 +17,12 @@ import logging
 import os
 import secrets as random_secrets
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -40,6 +41,7 @@ from orch.peer import HttpPeer
 from orch.program import Program
 from orch.runtimes.base import Handle
 from orch.runtimes.local import LocalRuntime
+from orch.server.sockets import bind_socket
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.wire import (
     AgentSpec,
@@ -58,6 +60,7 @@ from orch.work import WorkSpec
 
 if TYPE_CHECKING:
     from orch.cli.options import RunOptions
+    from orch.server.serve import HttpServer
 
 __all__ = ["ConsoleLike", "Service", "serve"]
 
@@ -102,10 +105,11 @@ class _Link:
     agent: str
     peer: HttpPeer
     handle: Handle | None = None
-    queue: deque[tuple[str, Any]] | None = None
-    wake: asyncio.Event | None = None
+    queue: deque[tuple[str, Any]] = field(default_factory=deque)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
     heard: float = 0.0
     attached: bool = False
+    task: asyncio.Task[None] = field(init=False)
 
 
 class Service:
@@ -144,80 +148,49 @@ class Service:
         self._journal_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-journal")
         self._pass_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-pass")
         self._epochs: dict[str, int] = {}
-        self._exit: asyncio.Event | None = None
         self._exit_kill = False
         self._last_snapshot = 0.0
         self._routes: list[ApiRoute] = []
         self._agent_tokens: dict[str, str] = {}
         self._work_tokens: dict[str, str] = {}
         self._runtime = LocalRuntime(folder.run, folder.logs)
-        self._group: asyncio.TaskGroup | None = None
-        self._late: list[str] = []
+
+    # Made when the loop runs: they belong to it.
+    _exit: asyncio.Event
+    _begun: asyncio.Event
+    _first_pass: asyncio.Event
+    _group: asyncio.TaskGroup
+    journal: Journal
+    program: Program
+    engine: e.Engine
 
     # -- the life of a server -----------------------------------------------------------------------------------------
 
     async def main(self) -> int:
-        """Start, serve, stop. Returns the exit code."""
-        from orch.server.serve import HttpServer, bind_socket
-
-        self._exit, self._begun, self._first_pass = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        """Start, serve, stop. Returns the exit code. Raises OrchError when the app cannot be started."""
         loop = asyncio.get_running_loop()
+        self._exit, self._begun, self._first_pass = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._changed = loop.create_future()
-        options = self.options
-        sock = bind_socket(options.host, options.port)
-        port = sock.getsockname()[1]
-        if options.port and port != options.port:
-            self.console.note(f"port {options.port} is taken, serving on {port}")
-        self.url = f"http://{_shown_host(options.host)}:{port}"
-        self.journal = await loop.run_in_executor(
-            self._journal_thread, functools.partial(Journal.open, self.folder.state_db, durable=options.durable)
+        sock = self._listen()
+        self.journal = await self._journal(
+            functools.partial(Journal.open, self.folder.state_db, durable=self.options.durable)
         )
-        server = HttpServer(allow_hosts=options.allow_hosts, load=False)
-        http_started = False
         try:
             previous = self._choose_run()
-            self.console.step(f"loading {options.app_file.name}")
+            self.console.step(f"loading {self.options.app_file.name}")
             agent_ready = asyncio.ensure_future(self._first_agent())
+            await asyncio.sleep(0)  # the agent starts on the other core while app.py is imported
             try:
-                app = load_app(options.app_file, list(options.argv))
-                self._begin(app, previous)
+                self._begin(load_app(self.options.app_file, list(self.options.argv)), previous)
             except BaseException:
                 agent_ready.cancel()
-                with contextlib.suppress(asyncio.CancelledError, OrchError):
-                    await agent_ready
-                await self._end_agents(kill=True)
-                self.journal.end_run(self.run, "failed") if self.run else None
+                await asyncio.wait([agent_ready])
+                self._runtime.kill_started()
                 raise
-            await server.start(self, options.host, sock)
-            http_started = True
             self._install_signals(loop)
-            async with asyncio.TaskGroup() as group:
-                self._group = group
-                self._begun.set()
-                tasks = [
-                    group.create_task(self._loop(), name="engine"),
-                    group.create_task(self._poll_loop(), name="poll"),
-                    group.create_task(self._log_loop(), name="logs"),
-                    group.create_task(self._finish_start(server, agent_ready, app.name), name="start"),
-                ]
-                await self._exit.wait()
-                for task in tasks[1:]:
-                    task.cancel()
-                await self._end_agents(kill=self._exit_kill)
-                for link in self._links.values():
-                    link.peer.close()
-                await self._drain_logs()
-                tasks[0].cancel()
-                self._group = None
-                raise _Done
-        except* _Done:
-            pass
-        except* (OrchError, OSError) as group_error:
-            raise _first(group_error) from None
+            await self._serve(sock, agent_ready)
         finally:
-            if http_started:
-                await server.stop()
-            await loop.run_in_executor(self._journal_thread, self._close_journal)
+            await self._journal(self._close_journal)
             self._journal_thread.shutdown()
             self._pass_thread.shutdown(wait=False)
         code = 130 if self.interrupted and self.code == 0 else self.code
@@ -226,8 +199,52 @@ class Service:
             self.console.done(code, "" if self.code else self.redacted(self.engine.message))
         return code
 
+    def _listen(self) -> socket.socket:
+        """The port is ours, and known to the engine, before anything is served on it."""
+        options = self.options
+        sock = bind_socket(options.host, options.port)
+        port = sock.getsockname()[1]
+        if options.port and port != options.port:
+            self.console.note(f"port {options.port} is taken, serving on {port}")
+        self.url = f"http://{_shown_host(options.host)}:{port}"
+        return sock
+
+    async def _serve(self, sock: socket.socket, agent_ready: asyncio.Future[AgentStatus | None]) -> None:
+        """From the first pass until the app has ended, or this server leaves it running."""
+        server: HttpServer | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                engine = group.create_task(self._loop(), name="engine")
+                await self._first_pass.wait()
+                # Importing the web server takes longer than everything before it: the app runs meanwhile.
+                from orch.server.serve import HttpServer
+
+                server = HttpServer(allow_hosts=self.options.allow_hosts, load=False)
+                await server.start(self, self.options.host, sock)
+                self._begun.set()
+                tasks = [
+                    group.create_task(self._poll_loop(), name="poll"),
+                    group.create_task(self._log_loop(), name="logs"),
+                    group.create_task(self._announce(server, agent_ready), name="start"),
+                ]
+                await self._exit.wait()
+                for task in tasks:
+                    task.cancel()
+                await self._end_agents(kill=self._exit_kill)
+                self._read_logs()
+                for link in self._links.values():
+                    link.task.cancel()
+                    link.peer.close()
+                engine.cancel()
+        except* (OrchError, OSError) as group_error:
+            raise _first(group_error) from None
+        finally:
+            if server is not None:
+                await server.stop()
+
     def _close_journal(self) -> None:
-        if not self._detaching and self.run and self._exit is not None and self._exit.is_set():
+        if not self._detaching and self.run and self._exit.is_set():
             how = "interrupted" if self.interrupted else self.engine.stage
             self._snapshot_batch()
             self.journal.end_run(self.run, how)
@@ -326,8 +343,8 @@ class Service:
 
         return ApiRoute(method=route.method, route=route.route, endpoint=route.endpoint, invoke=invoke)
 
-    async def _finish_start(self, server: Any, agent_ready: asyncio.Future[AgentStatus | None], name: str | None) -> None:
-        """The app runs already; now the HTTP routes, the agent, and the URL for the user."""
+    async def _announce(self, server: HttpServer, agent_ready: asyncio.Future[AgentStatus | None]) -> None:
+        """The app runs already; now the rest of the HTTP routes, the agent, and the URL for the user."""
         self.folder.write_server(
             ServerInfo(
                 url=self.url,
@@ -339,7 +356,6 @@ class Service:
                 app_file=str(self.options.app_file),
             )
         )
-        await self._first_pass.wait()
         try:
             await agent_ready
         except RuntimeLost as error:
@@ -368,7 +384,6 @@ class Service:
 
     def _on_hangup(self) -> None:
         self._detaching = True
-        assert self._exit is not None
         self._exit.set()
 
     def _longest_grace(self) -> float:
@@ -499,7 +514,6 @@ class Service:
                 self._publish("app", {"level": level, "text": text})
             case e.Exit(code=code, kill=kill):
                 self.code, self._exit_kill = code, kill
-                assert self._exit is not None
                 self._exit.set()
 
     def _in_pass_thread(self, body: Callable[[], Any]) -> None:
@@ -550,7 +564,8 @@ class Service:
             self.console.note(f"adopting the agent that is still running (pid {left['pid']})")
             return await self._attach("local", left)
         if not self._cut_off:
-            await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
+            if left is not None or any(self.folder.run_records()):
+                await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
         elif alive:
             await asyncio.to_thread(self._end_leftovers, keep_scripts=True)
         # Drive manifests outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
@@ -615,26 +630,21 @@ class Service:
         link.heard = time.monotonic()
         link.attached = True
         self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known))
-        assert link.wake is not None
         link.wake.set()
         return known
 
     def _link(self, agent: str) -> _Link:
         if agent not in self._links:
-            link = _Link(agent, HttpPeer(name=f"orch-to-{agent}"), queue=deque(), wake=asyncio.Event())
-            self._links[agent] = link
-            assert self._group is not None
-            self._group.create_task(self._sender(link), name=f"link-{agent}")
+            link = self._links[agent] = _Link(agent, HttpPeer(name=f"orch-to-{agent}"))
+            link.task = self._group.create_task(self._sender(link), name=f"link-{agent}")
         return self._links[agent]
 
     def _send(self, agent: str, kind: str, messages: Iterable[Any]) -> None:
         link = self._link(agent)
-        assert link.queue is not None and link.wake is not None
         link.queue.extend((kind, message) for message in messages)
         link.wake.set()
 
     async def _sender(self, link: _Link) -> None:
-        assert link.queue is not None and link.wake is not None
         delay = 0.05
         while True:
             if not link.queue or not link.attached:
@@ -1029,9 +1039,6 @@ class Service:
             if over:
                 del self._tails[call]
 
-    async def _drain_logs(self) -> None:
-        self._read_logs()
-
     def _bind_drive(self) -> None:
         """Drives in the flow are answered from manifests held here, without I/O."""
         from orch_drive import DriveStore
@@ -1059,10 +1066,6 @@ class Service:
         if not parsed.partial:
             # In the passes' thread: a pass sees one picture of the files.
             self._pass_thread.submit(lambda: self._index_of(drive).add(parsed))
-
-
-class _Done(Exception):
-    """Leaves the task group."""
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

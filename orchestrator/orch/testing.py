@@ -300,7 +300,7 @@ class AppTester:
 
     def until(self, predicate: Callable[..., Any], *, timeout: float = 3_600.0) -> None:
         """Step until `predicate()` (or `predicate(tester)`) holds. AssertionError after `timeout` seconds of fake time."""
-        takes = len(inspect.signature(predicate).parameters)
+        takes = any(p.default is p.empty for p in inspect.signature(predicate).parameters.values())
         end = self.clock.now + timeout
         steps = 0
         while not (predicate(self) if takes else predicate()):
@@ -393,9 +393,13 @@ class AppTester:
             case StopCalls(calls=calls):
                 for stop in calls:
                     fake = self.fake(stop.work)
-                    if fake.current is not None:
+                    if fake.current is not None and fake.current.call == stop.call:
                         after = min(fake.stop_after, stop.grace)
                         self._later(after, partial(self._finish, fake, fake.current, reason=stop.reason))
+            case ForgetWorks(works=names):
+                for name in names:
+                    forgotten = self.fake(name)
+                    forgotten.current, forgotten.ready, forgotten.port = None, False, 0
             case Note(text=text):
                 self.notes.append(text)
             case Exit(code=code, message=message):
@@ -409,9 +413,9 @@ class AppTester:
                 work=fake.name,
                 host="127.0.0.1",
                 port=fake.port,
-                call=fake.current.call if fake.current else None,
-                attempt=fake.current.attempt if fake.current else 0,
-                stage="running" if fake.current else "not_started",
+                call=fake.starts[-1].call if fake.starts else None,
+                attempt=fake.starts[-1].attempt if fake.starts else 0,
+                stage="running" if fake.current else ("ended" if fake.starts else "not_started"),
                 ready=fake.ready,
             )
             for fake in self.fakes.values()
@@ -451,8 +455,8 @@ class AppTester:
 
     def _launch(self, call: StartCall) -> None:
         fake = self.fake(call.work)
-        if fake.current is not None and (fake.current.call, fake.current.attempt) == (call.call, call.attempt):
-            return
+        if any((start.call, start.attempt) == (call.call, call.attempt) for start in fake.starts):
+            return  # asked twice, started once
         fake.starts.append(call)
         fake.current = call
         if fake.start_error:

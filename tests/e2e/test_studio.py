@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def studio(tmp_path: Path, orch_app: Callable[..., RunningApp]) -> RunningApp:
-    """app.py and scripts/ in a folder of their own; `digits_long.npz` beside them makes a training long enough to watch."""
+    """app.py and scripts/ in a folder of their own; `digits_long.npz` makes a training that is long enough to watch."""
     folder = tmp_path / "studio"
     folder.mkdir()
     shutil.copy(ROOT / "app.py", folder)
@@ -128,9 +128,11 @@ def test_the_studio(page: Page, studio: RunningApp, shoot: Callable[[Page, str],
     user.tab("EVAL").get_by_role("button", name="Retrain").click()
     expect(user.tab("EVAL").get_by_text("Training starts with the latest arguments")).to_be_visible()
     app = user.tab("APP")  # the Deploy page is still there, and the new model arrives in its list by itself
-    combobox = app.get_by_test_id("stSelectbox").filter(has_text="Select Model").get_by_role("combobox")
-    combobox.click()
-    expect(app.get_by_role("option", name="version_1", exact=True)).to_be_visible(timeout=TRAINED)
+    studio.wait_state("/flows/ui/vars/models", lambda models: models[0] == "version_1", TRAINED / 1000)
+    box = app.get_by_test_id("stSelectbox").filter(has_text="Select Model").get_by_role("combobox")
+    page.wait_for_timeout(300)
+    box.click()
+    expect(app.get_by_role("option")).to_have_text(["version_1", "version_0", "base"])
     page.keyboard.press("Escape")
 
     app = user.start_training("--trainer.max_epochs=2 --trainer.no_such_argument=1")

@@ -401,3 +401,37 @@ async def test_a_crowd_starts_at_once(flow: FakeFlow) -> None:
     await flow.until(lambda: len(flow.of(Started)) == 32)
     await flow.ask("/v1/shutdown", {"kill": True})
     await flow.until(lambda: len(flow.of(Ended)) == 32)
+
+
+async def test_another_run_starts_clean(flow: FakeFlow) -> None:
+    await flow.place("w", {"x": 5})
+    await flow.start("w", "sleep 60")
+    [started] = await flow.until(lambda: flow.of(Started))
+    await flow.start("w", "true", n=2)
+    flow.away = True
+    flow.rev = 100
+    flow.write("w", {"op": "replace", "path": "/x", "value": 6})
+    await flow.kill_agent()
+    flow.away, flow.epoch, flow.acked, flow.rev, flow.vars = False, 2, 0, 0, {"w": {"x": 1}}
+    flow.items.clear()
+    await flow.start_agent(run=2)
+    await flow.until(lambda: not alive(started.pid))
+    await flow.place("w")
+    async with flow.script("w") as http:
+        assert await read(http) == {"x": 1}
+        assert (await http.put("/x", json=2)).json() == {"rev": 1}
+    assert [type(item) for _, item, _ in flow.items] == [VarOps]
+
+
+async def test_orphan_guard(tmp_path: Path) -> None:
+    async with flow_with_agent(tmp_path / "app", orphan_timeout=1.5) as flow:
+        await flow.place("w")
+        await flow.start("w", "sleep 60")
+        [started] = await flow.until(lambda: flow.of(Started))
+        for _ in range(4):
+            await asyncio.sleep(0.5)
+            await flow.status()  # a poll is a sign of life
+        assert alive(started.pid) and flow.agent is not None
+        flow.away = True
+        assert await asyncio.wait_for(flow.agent.wait(), 10) == 0
+        assert not alive(started.pid)

@@ -26,7 +26,7 @@ from testkit import free_port
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from orch.server.serve import bind_socket
+from orch.server.sockets import bind_socket
 
 COOKIE = {"cookie": "orch_a1b2c3d4=app-token; theirs=1; orch_ffff=other"}
 HTML = {"accept": "text/html"}

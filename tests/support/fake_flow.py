@@ -176,10 +176,9 @@ class FakeFlow:
             orch_dir=str(self.orch_dir),
             app_id="abc",
             app_name="test",
-            run=1,
             drive_url=f"file://{self.orch_dir}/drive",
             port=port,
-            **fields,
+            **{"run": 1, **fields},
         )
         path = self.folder / "spec.json"
         path.write_bytes(encode(spec))

@@ -132,7 +132,7 @@ class StateServer:
         seen = len(self._events) if after is None else after
         while True:
             async with self._news:
-                await self._news.wait_for(lambda: len(self._events) > seen)
+                await self._news.wait_for(lambda count=seen: len(self._events) > count)
             for event in self._events[seen:]:
                 yield event
             seen = len(self._events)

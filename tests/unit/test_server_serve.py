@@ -16,7 +16,8 @@ from http_face import BEARER, served
 
 from orch.errors import UsageError
 from orch.server import serve
-from orch.server.serve import HttpServer, bind_socket
+from orch.server.serve import HttpServer
+from orch.server.sockets import bind_socket
 
 
 def port_of(sock: socket.socket) -> int:

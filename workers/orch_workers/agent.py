@@ -230,6 +230,12 @@ class Agent:
             self._install(place.place, place.host, place.port).fresh.clear()
         processes = {process.key: process for process in Spawner.adopt(self.records.processes)}
         for record in self.records.load_attempts():
+            if record.run != self.spec.run:
+                if record.key in processes:
+                    log.warning("%s is left over from another run and is stopped", record.key)
+                    self._spawn(_stop_leftover(processes[record.key], record.start.grace))
+                self.records.drop_attempt(record.key)
+                continue
             work = self.works.get(record.start.work)
             attempt = self._make_attempt(record, {})
             if work is not None:
@@ -303,8 +309,11 @@ class Agent:
                     answers.append(Placed(work=place.work, error=str(error)))
                     continue
                 work = self._install(place, host, port)
-            elif place.token != work.place.token:
-                work.place = place
+            elif not work.fresh.is_set():  # adopted: the address stays, the vars are the tree's
+                token = work.place.token if work.attempt is not None and work.attempt.stage != "ended" else place.token
+                work.place = msgspec.structs.replace(place, token=token)
+                work.live = LiveVars(place.rev, place.vars)
+                work.fresh.set()
             answers.append(Placed(work=work.name, host=work.host, port=work.port))
             if place.python and self._warming is None:
                 self._warming = self._spawn(self._warm())
@@ -371,6 +380,7 @@ class Agent:
         await asyncio.gather(*(attempt.over.wait() for attempt in running))
         if not await self._outbox.flushed(2.0):
             log.warning("the flow does not answer: the ends of the works stay recorded in %s", self.records.processes)
+        self.records.drop_places()
         self.leaving.set()
 
     # -- placing ------------------------------------------------------------------------------------------------------
@@ -584,7 +594,9 @@ class Agent:
         work = self.works.get(start.work)
         if work is None:
             return f"{start.work} is not placed on this agent"
-        record = AttemptRecord(agent=self.spec.agent, start=msgspec.structs.replace(start, secrets={}))
+        record = AttemptRecord(
+            agent=self.spec.agent, run=self.spec.run, start=msgspec.structs.replace(start, secrets={})
+        )
         try:
             self.records.write_attempt(record)
         except OSError as error:
@@ -1103,6 +1115,11 @@ def _redact(text: str, secrets: Mapping[str, str]) -> str:
         if len(value) >= MIN_SECRET:
             text = text.replace(value, "***")
     return text
+
+
+async def _stop_leftover(process: Process, grace: float) -> None:
+    await process.stop(grace)
+    process.forget()
 
 
 async def _stop_process(process: Process, grace: float) -> None:

@@ -44,6 +44,8 @@ FLUSH_WITHIN = 5.0
 MAX_OPS = 2_000
 """Operations in one batch: one revision must stay a reasonable size."""
 MAX_BATCHES = 50
+NEWS_KEEP = 1.0
+"""Seconds that what others changed waits for the code to read a variable; then it is applied without."""
 RETRY_FIRST = 0.05
 RETRY_MOST = 1.0
 
@@ -195,6 +197,8 @@ class LiveLink:
         self._queue: deque[Batch] = deque()
         self._to_send = threading.Event()
         self._settled = threading.Condition(self._lock)
+        self._news: deque[Told] = deque()
+        self._news_since = 0.0
         self._ending = False
 
     def start(self, vars: Vars) -> None:
@@ -203,6 +207,7 @@ class LiveLink:
             self._vars = vars
             self._vars._lock = self._lock
             self._vars._report = self._changed
+            self._vars.get = self._get  # type: ignore[method-assign]
         for target in (self._send_loop, self._receive_loop):
             threading.Thread(target=target, name=f"orch{target.__name__}", daemon=True).start()
 
@@ -213,8 +218,8 @@ class LiveLink:
         self._to_send.set()
 
     def finish(self, timeout: float) -> list[Batch]:
-        """Waits until the agent has all changes, at most `timeout` seconds. Returns those that the tree has not echoed: an
-        agent that has them leaves them out, one that comes later takes them."""
+        """Waits until the agent has all changes, at most `timeout` seconds. Returns those that the tree has not echoed:
+        an agent that has them leaves them out, one that comes later takes them."""
         with self._settled:
             self._close_batch()
             self._to_send.set()
@@ -310,20 +315,47 @@ class LiveLink:
 
     def _told(self, told: Told) -> None:
         with self._lock:
-            self._close_batch()  # own changes so far lie under what comes now
+            if told.vars is not None:
+                self._requeue(told.received)
+                self._to_send.set()
+            if not self._news:
+                self._news_since = time.monotonic()
+            self._news.append(told)
+            echo = told.n is not None and told.ops is None and told.vars is None and not told.drop
+            if (echo and len(self._news) == 1) or time.monotonic() - self._news_since > NEWS_KEEP:
+                self._catch_up()
+        if told.error:
+            sys.stderr.write(f"orch: a change of {self._order.work} was not taken: {told.error}\n")
+
+    def _get(self, name: str) -> Any:
+        """The vars' `get`. What others changed is applied here, by the thread that reads, and not when it arrives:
+        `self.rows.append(x)` is two steps, and a `rows` that is replaced between them would swallow the `x`."""
+        if self._news:
+            with self._lock:
+                self._catch_up()
+        return Vars.get(self._vars, name)
+
+    def _catch_up(self) -> None:
+        self._close_batch()  # own changes so far lie under what comes now
+        while self._news:
+            told = self._news.popleft()
             if told.vars is not None:
                 ops = self._live.reset(told.rev, told.vars, told.n or 0)
-                self._requeue(told.received)
             elif told.drop:
                 ops = self._live.drop(told.n or 0)
             else:
                 ops = self._live.remote(told.rev, told.ops, told.n)
             if ops:
-                self._vars.apply(ops, in_place=False)
-            if self._queue:
-                self._to_send.set()
-        if told.error:
-            sys.stderr.write(f"orch: a change of {self._order.work} was not taken: {told.error}\n")
+                self._apply(ops)
+        if self._queue:
+            self._to_send.set()
+
+    def _apply(self, ops: list[Op]) -> None:
+        try:
+            self._vars.apply(ops, in_place=False)
+        except OrchError as error:
+            log.warning("the vars of %s were out of step and are taken over as a whole: %s", self._order.work, error)
+            self._vars.load(self._live.view())
 
     def _requeue(self, received: int) -> None:
         """A new agent may not have what the former one took: say again what the tree has not echoed."""

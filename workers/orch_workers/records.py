@@ -52,6 +52,7 @@ class PlaceRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
 
 class AttemptRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
     agent: str
+    run: int
     start: StartCall
     """Without its secrets."""
     stopping: str = ""
@@ -99,6 +100,10 @@ class Records:
 
     def write_places(self, places: list[PlaceRecord]) -> None:
         write_atomic(self._run / f"agent-{self._agent}.works", encode(places))
+
+    def drop_places(self) -> None:
+        """Nothing runs here any more."""
+        (self._run / f"agent-{self._agent}.works").unlink(missing_ok=True)
 
     def load_attempts(self) -> list[AttemptRecord]:
         """Of this agent's name, oldest first. A file that cannot be read is left, with a log line."""

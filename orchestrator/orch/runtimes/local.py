@@ -89,6 +89,13 @@ class LocalRuntime:
         """The handle that an agent of an earlier server left here."""
         return self._read(self.ready_file(agent))
 
+    def kill_started(self) -> None:
+        """End every agent that this object has started: the app cannot be loaded, they have nothing to do."""
+        for child in self._children.values():
+            child.kill()
+            child.wait()
+        self._children.clear()
+
     def reap(self) -> None:
         """Collect agents that have exited."""
         for pid, child in list(self._children.items()):
