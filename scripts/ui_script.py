@@ -49,11 +49,12 @@ def train(state: Any) -> None:
         st.success("Training finished: its model is in Deploy.")
         show_metrics(training)
     elif stage == "failed":
-        st.error(f"Training failed ({training.get('reason')}): {training.get('message') or 'see its last lines'}")
-        lines = training.get("last_lines") or []
+        lines = [line for line in training.get("last_lines") or [] if line.strip()]
+        message = training.get("message") or "see its last lines"
+        st.error(f"Training failed ({training.get('reason')}): {message}")
         if lines:
             st.caption("Its last lines")
-            st.code("\n".join(lines), language=None)
+            st.code("\n".join(lines), language=None, wrap_lines=True)
     elif stage == "stopped":
         st.warning("Training was stopped.")
 

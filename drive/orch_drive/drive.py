@@ -30,6 +30,10 @@ FLOW_INDEX: ContextVar[Callable[[str], ManifestIndex] | None] = ContextVar("FLOW
 """Set while a Flow's code runs: drive id -> what the server knows of its files. Drives then do no I/O."""
 
 
+on_publish: Callable[[Manifest], None] | None = None
+"""Set in the process of a Python Work: told of what Drives publish that nobody has bound."""
+
+
 class Drive:
     """Files shared by Works.
 
@@ -159,8 +163,7 @@ class Drive:
             cwd=str(root),
             root=root,
         )
-        if self._on_publish is not None:
-            self._on_publish(manifest)
+        self._tell(manifest)
         return manifest.version
 
     def get(
@@ -221,8 +224,7 @@ class Drive:
         """Delete a file or folder that this component published. Raises DriveNotFound (naming who has it)."""
         store = self._store("delete")
         for manifest in store.delete(self.component_name, _text(path), epoch=self._epoch, call=self._call):
-            if self._on_publish is not None:
-                self._on_publish(manifest)
+            self._tell(manifest)
 
     def versions(
         self, path: str | os.PathLike[str], *, component_name: str | None = None
@@ -289,6 +291,11 @@ class Drive:
         return await _in_thread(self.verify, path, component_name=component_name, version=version)
 
     # ---- behind ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, manifest: Manifest) -> None:
+        hook = self._on_publish or on_publish
+        if hook is not None:
+            hook(manifest)
 
     def _known(self) -> ManifestIndex | None:
         """What answers in place of the storage: in a Flow the server's manifests."""

@@ -142,6 +142,8 @@ class Component(metaclass=_Meta):
     _record: ComponentRecord
     _parent: Component | None
     _attribute: str
+    _given_name: str
+    """What it is called without a parent: "root", or in a Work's own process the name it has in the tree."""
     _vars: Vars
     _children: dict[str, Component | Structure]
     _program: Program | None
@@ -154,6 +156,7 @@ class Component(metaclass=_Meta):
         self._parent = None
         self._container = None
         self._attribute = ""
+        self._given_name = "root"
         self._children = {}
         self._program = None
         self._vars = Vars(self._report, where=self._where)
@@ -166,7 +169,7 @@ class Component(metaclass=_Meta):
     def name(self) -> str:
         """Dotted name from the root: `root.ui.trainer`."""
         if self._parent is None:
-            return "root"
+            return self._given_name
         middle = f".{self._container._attribute}" if self._container is not None else ""
         return f"{self._parent.name}{middle}.{self._attribute}"
 

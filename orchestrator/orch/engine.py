@@ -413,6 +413,8 @@ class Engine:
         self.code = 0
         self.layout: list[dict[str, Any]] = []
         self.schedules: dict[str, Schedule] = {}
+        self._said: dict[str, list[Any]] = {}
+        """By work: call, attempt and number of its process's last change."""
         self.passes = 0
         self.pass_seconds = 0.0
         self._slow = False
@@ -767,6 +769,11 @@ class Engine:
             case VarOps(call=call) if call is not None and call not in work.book.calls:
                 raise NotFound(f"there is no call {call!r} any more")
             case VarOps():
+                if item.n and self._said_before(item):
+                    self._emit(SendDiffs(agent=work.agent, diffs=[
+                        Diff(work=item.work, rev=self.tree.rev, ops=[], seq=seq)
+                    ]))  # fmt: skip
+                    return self.tree.rev
                 at = work.spec.pointer + "/vars"
                 ops = [
                     {**op, "path": at + op["path"], **({"from": at + op["from"]} if "from" in op else {})}
@@ -784,6 +791,16 @@ class Engine:
             case Published():
                 self._published(work, item)
         return 0
+
+    def _said_before(self, item: VarOps) -> bool:
+        """A process that a new agent has adopted says again what it has not seen echoed."""
+        at = [item.call, item.attempt, item.n]
+        last = self._said.get(item.work)
+        if last is not None and last[:2] == at[:2] and item.n <= last[2]:
+            return True
+        self._said[item.work] = at
+        self._fact("said", item.work, at)
+        return False
 
     def _current(self, work: _Work, call: str, attempt: int) -> Call | None:
         """The call that a report speaks of, if it is the one that the work is at."""
@@ -1555,6 +1572,7 @@ class Engine:
         for name, value in facts.get("agent", {}).items():
             agent = self.agents.setdefault(name, _Agent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
+        self._said = dict(facts.get("said", {}))
         for key, value in facts.get("schedule", {}).items():
             self.schedules[key] = msgspec.convert(value, Schedule)
 

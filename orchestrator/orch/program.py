@@ -432,8 +432,8 @@ class Program:
             if key in structure._items:
                 return
             child = build(msgspec.convert(record["record"], ComponentRecord))
-            structure._insert(key, child)
-            structure._declared.discard(key)
+            parent._adopt(child, key, structure)
+            structure._place(key, child, None)
         for component in [child, *child._walk()]:
             if isinstance(component, Work):
                 before = record.get("calls", {}).get(short_name(component.name), 0)

@@ -28,8 +28,8 @@ class Structure:
         self._attribute = ""
         self._items: dict[str, Component] = {}
         self._next = 0
-        self._declared: set[str] = set()
-        """Keys of the members that the owner's `__init__` made."""
+        self._declared: dict[str, Component] = {}
+        """The members that the owner's `__init__` made."""
 
     def _members(self) -> Iterator[Component]:
         return iter(list(self._items.values()))
@@ -70,7 +70,7 @@ class Structure:
             self._owner._adopt(member, key, self)
         self._place(key, member, position)
         if self._owner is None or self._owner._declaring:
-            self._declared.add(key)
+            self._declared[key] = member
         if self._owner is not None:
             self._owner._added(member, self, position)
 
@@ -92,12 +92,13 @@ class Structure:
     def _record(self) -> dict[str, Any]:
         """What a resume needs besides the members' own records."""
         assert self._owner is not None
+        removed = [key for key, member in self._declared.items() if self._items.get(key) is not member]
         return {
             "kind": type(self).__name__,
             "parent": self._owner.name,
             "attribute": self._attribute,
             "next": self._next,
-            "removed": sorted(self._declared - set(self._items)),
+            "removed": removed,
         }
 
     def _node(self) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class Work(Component):
             raise StateTypeError(f"{name}.__init__ does not call super().__init__(): a Work needs it")
 
     @classmethod
-    def _build(cls, record: ComponentRecord) -> Work:
+    def _build(cls, record: ComponentRecord, name: str = "root") -> Work:
         """The Work of a record, ready to execute: called in the work's own process."""
         from orch.component import build
 
@@ -202,6 +202,7 @@ class Work(Component):
         if not isinstance(work, Work):
             raise StateTypeError(f"{record.module}:{record.qualname} is no Work")
         work.__dict__.pop("run", None)
+        work._given_name = name if name == "root" else f"root.{name}"
         return work
 
     # -- what users override

@@ -169,11 +169,14 @@ def test_a_dict_key_that_was_removed_and_used_again_is_restored_as_the_new_one()
     tester = started()
     change(tester, lambda flow: flow.table["a"].subs.append(ScriptWork("more", parallel=True)))
     change(tester, lambda flow: flow.table.pop("a"))
-    change(tester, lambda flow: flow.table.update({"a": Leaf(77)}))
+    change(tester, lambda flow: flow.table.update({"a": Leaf(77), "c": Leaf(78)}))
+    change(tester, lambda flow: flow.table.pop("b"))
+    change(tester, lambda flow: flow.table.update({"b": ScriptWork("other", parallel=True)}))
     tester.restart_server()
     assert tester.flow.table["a"].x == 77
     assert len(tester.flow.table["a"].subs) == 1
-    assert list(tester.flow.table) == ["b", "a"]
+    assert isinstance(tester.flow.table["b"], ScriptWork)
+    assert list(tester.flow.table) == ["a", "c", "b"]
     same_as_tree(tester)
 
 

@@ -61,7 +61,8 @@ class LiveVars:
         was sent). Returns what changes in the view."""
         own = self._take(seq) if seq is not None else None
         if rev < self.rev or (rev == self.rev and own is None):
-            return []  # known already; only several own changes in one revision come with the same number
+            # Known already; only several own changes in one revision come with the same number.
+            return self._rebuild(names_of(own)) if own is not None else []
         self.rev = rev
         if ops is None:
             if own is None:

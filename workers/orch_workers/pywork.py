@@ -90,7 +90,7 @@ def main(payload: dict[str, Any]) -> int:
 
 
 def _build(order: WorkOrder) -> Work:
-    work = Work._build(order.record)
+    work = Work._build(order.record, order.work)
     work._view = WorkView(host=order.host, port=order.port)
     return work
 
@@ -98,10 +98,11 @@ def _build(order: WorkOrder) -> Work:
 def _bind_drives(order: WorkOrder, link: LiveLink) -> None:
     """Drives in vars and arguments act as this work's own, from its cwd."""
 
-    def bound(data: dict[str, Any]) -> Any:
-        from orch_drive import Drive
-        from orch_drive.manifest import to_json
+    from orch_drive import Drive
+    from orch_drive import drive as drives
+    from orch_drive.manifest import to_json
 
+    def bound(data: dict[str, Any]) -> Any:
         return Drive.from_state(data).bind(
             base_url=order.drive_url,
             component=order.work,
@@ -112,6 +113,7 @@ def _bind_drives(order: WorkOrder, link: LiveLink) -> None:
         )
 
     LEAVES["$drive"] = bound
+    drives.on_publish = lambda manifest: link.published(to_json(manifest))
 
 
 def _run(work: Work, order: WorkOrder) -> Any:
