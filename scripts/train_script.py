@@ -161,6 +161,8 @@ def export(model: nn.Module, path: Path) -> None:
     program = torch.export.export(
         model.cpu().eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # names folders of this machine, which are nobody's business
     part = path.with_name(f".part-{path.name}")
     torch.export.save(program, part)
     os.replace(part, path)  # who lists models sees whole ones only

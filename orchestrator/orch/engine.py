@@ -288,7 +288,9 @@ class Exit(Instruction, frozen=True, kw_only=True):
 
 
 class ReloadProgram(Instruction, frozen=True, kw_only=True):
-    """The flow's objects must take the tree's values again (an API method raised)."""
+    """The flow's objects must take these values again (an API method raised); later diffs come with the next pass."""
+
+    tree: dict[str, Any]
 
 
 # ---- the engine ---------------------------------------------------------------------------------------------------------
@@ -1160,7 +1162,7 @@ class Engine:
         self.pass_seconds = result.seconds if self.passes == 1 else 0.9 * self.pass_seconds + 0.1 * result.seconds
         if result.how == "error":
             if method:
-                self._emit(ReloadProgram())
+                self._emit(ReloadProgram(tree=_copied(self.tree.root)))
                 self._emit(Reply(ticket=method, error=result.error))
                 return
             self._fail_app(f"{result.message}\n{result.traceback}", now)
@@ -1168,7 +1170,7 @@ class Engine:
         try:
             rev = self._commit_pass(result, method != 0, now)
         except OrchError as error:
-            self._emit(ReloadProgram())
+            self._emit(ReloadProgram(tree=_copied(self.tree.root)))
             if method:
                 self._emit(Reply(ticket=method, error=error))
             else:

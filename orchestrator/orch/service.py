@@ -18,7 +18,10 @@ import os
 import secrets as random_secrets
 import signal
 import socket
+import sys
+import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +76,7 @@ EVENT_RESERVE = 100_000
 SNAPSHOT_EVERY = 10.0
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
+SLOW_PASS = 5.0
 
 
 class ConsoleLike(Protocol):
@@ -95,7 +99,13 @@ def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike) -> int:
     if options.mode != "local":
         raise UsageError(f"the runtime {options.mode!r} is not part of this version", hint="use --local")
     service = Service(options, folder, console)
-    return asyncio.run(service.main())
+    code = asyncio.run(service.main())
+    if service.in_pass:
+        # A thread cannot be ended, and Python would wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 @dataclass
@@ -147,6 +157,8 @@ class Service:
         self._counters = {"revisions_total": 0.0, "pushes_total": 0.0, "passes_total": 0.0}
         self._journal_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-journal")
         self._pass_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-pass")
+        self._pass_ident = 0
+        self.in_pass = False
         self._epochs: dict[str, int] = {}
         self._exit_kill = False
         self._last_snapshot = 0.0
@@ -181,7 +193,11 @@ class Service:
             agent_ready = asyncio.ensure_future(self._first_agent())
             await asyncio.sleep(0)  # the agent starts on the other core while app.py is imported
             try:
-                self._begin(load_app(self.options.app_file, list(self.options.argv)), previous)
+                # asyncio would keep Ctrl-C for the next await; app.py may never come to one.
+                asyncios = signal.signal(signal.SIGINT, signal.default_int_handler)
+                app = load_app(self.options.app_file, list(self.options.argv))
+                signal.signal(signal.SIGINT, asyncios)
+                self._begin(app, previous)
             except BaseException:
                 agent_ready.cancel()
                 await asyncio.wait([agent_ready])
@@ -231,6 +247,7 @@ class Service:
                 await self._exit.wait()
                 for task in tasks:
                     task.cancel()
+                await self._await_agent(agent_ready)
                 await self._end_agents(kill=self._exit_kill)
                 self._read_logs()
                 for link in self._links.values():
@@ -242,6 +259,14 @@ class Service:
         finally:
             if server is not None:
                 await server.stop()
+
+    async def _await_agent(self, agent_ready: asyncio.Future[AgentStatus | None]) -> None:
+        """An app that fails in its first pass is over before its agent is up: one that came up later would stay."""
+        await asyncio.wait([agent_ready], timeout=AGENT_STOP)
+        agent_ready.cancel()
+        await asyncio.gather(agent_ready, return_exceptions=True)
+        if agent_ready.cancelled() and not self._detaching:
+            self._runtime.kill_started()
 
     def _close_journal(self) -> None:
         if not self._detaching and self.run and self._exit.is_set():
@@ -357,7 +382,7 @@ class Service:
             )
         )
         try:
-            await agent_ready
+            await asyncio.shield(agent_ready)
         except RuntimeLost as error:
             self._put(e.AgentFailed(agent="local", message=_line(error)))
         await server.app()
@@ -476,8 +501,7 @@ class Service:
                 self._in_pass_thread(functools.partial(self.program.run_pass, given))
             case e.RunMethod(given=given, method=method):
                 self._in_pass_thread(functools.partial(self.program.run_method, given, method))
-            case e.ReloadProgram():
-                tree = msgspec.json.decode(msgspec.json.encode(self.engine.tree.root))
+            case e.ReloadProgram(tree=tree):
                 self._pass_thread.submit(self.program.reload, tree)
             case e.SendDiffs(agent=agent, diffs=diffs):
                 self._send(agent, "state", diffs)
@@ -500,7 +524,7 @@ class Service:
                 )
                 if not instruction.hidden:
                     self.console.work(instruction.work, instruction.stage, self.redacted(instruction.detail))
-                elif instruction.stage in ("failed", "pending"):
+                elif instruction.stage == "failed" or (instruction.stage == "pending" and instruction.detail):
                     self.console.warn(f"page {instruction.work.removeprefix('_')}: {self.redacted(instruction.detail)}")
             case e.Layout(tabs=tabs):
                 self._publish("layout", {"tabs": tabs})
@@ -515,20 +539,32 @@ class Service:
             case e.Exit(code=code, kill=kill):
                 self.code, self._exit_kill = code, kill
                 self._exit.set()
+                self._first_pass.set()  # it may never end
 
     def _in_pass_thread(self, body: Callable[[], Any]) -> None:
         loop = asyncio.get_running_loop()
+        self.in_pass = True
+        slow = loop.call_later(SLOW_PASS, self._warn_slow)
 
         def work() -> None:
+            self._pass_ident = threading.get_ident()
             try:
                 event: e.Event = e.PassEnded(result=body())
             except BaseException as error:
                 event = e.PassEnded(result=_broken(error))
-            loop.call_soon_threadsafe(self._pass_over, event)
+            self.in_pass = False
+            loop.call_soon_threadsafe(self._pass_over, event, slow)
 
         self._pass_thread.submit(work)
 
-    def _pass_over(self, event: e.Event) -> None:
+    def _warn_slow(self) -> None:
+        frame = sys._current_frames().get(self._pass_ident)
+        inside = [f for f in traceback.extract_stack(frame) if Path(f.filename).is_relative_to(self.folder.root)]
+        where = f" ({Path(inside[-1].filename).name}:{inside[-1].lineno} in {inside[-1].name})" if inside else ""
+        self.console.warn(f"a pass has not ended for {SLOW_PASS:.0f} s{where}: run() must not wait or loop, Works do that")
+
+    def _pass_over(self, event: e.Event, slow: asyncio.TimerHandle) -> None:
+        slow.cancel()
         self._counters["passes_total"] += 1
         self._put(event)
         self._first_pass.set()
@@ -1077,8 +1113,6 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _broken(error: BaseException) -> Any:
     """A pass that broke orch's own code: reported like a user's error, with its traceback."""
-    import traceback
-
     from orch.program import PassResult
 
     text = "".join(traceback.format_exception(error))

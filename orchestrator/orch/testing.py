@@ -404,8 +404,8 @@ class AppTester:
                 self.notes.append(text)
             case Exit(code=code, message=message):
                 self.exit_code, self.message = code, message
-            case ReloadProgram():
-                self.program.reload(self.engine.tree.root)
+            case ReloadProgram(tree=tree):
+                self.program.reload(tree)
 
     def _agent_up(self, agent: str) -> AgentUp:
         works = [

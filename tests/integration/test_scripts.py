@@ -72,6 +72,8 @@ def test_training_logs_and_saves_a_model_that_needs_no_class(tmp_path: Path) -> 
     assert "Epoch 1: 100%" in first.stdout + first.stderr
     assert "version_1/model.pt2" in again.stdout
 
+    model = (tmp_path / "lightning_logs/version_1/model.pt2").read_bytes()
+    assert str(SCRIPTS).encode() not in model, "the model tells where it was made"
     use = (
         "import torch; model = torch.export.load('lightning_logs/version_1/model.pt2').module();"
         "print([tuple(model(torch.zeros(n, 1, 28, 28)).shape) for n in (1, 5)])"
@@ -90,6 +92,7 @@ def test_a_wrong_argument_ends_the_training_and_is_named(tmp_path: Path) -> None
 def test_the_base_model_is_good_and_small() -> None:
     model = SCRIPTS / "data" / "base_model.pt2"
     assert model.stat().st_size < 1024 * 1024
+    assert b"train_script.py" not in model.read_bytes(), "the model tells where it was made"
     check = (
         "import numpy, torch; digits = numpy.load('digits.npz');"
         "images = torch.from_numpy(digits['x_test']).float().unsqueeze(1) / 255;"

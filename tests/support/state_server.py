@@ -133,9 +133,9 @@ class StateServer:
         while True:
             async with self._news:
                 await self._news.wait_for(lambda count=seen: len(self._events) > count)
-            for event in self._events[seen:]:
-                yield event
-            seen = len(self._events)
+            while seen < len(self._events):  # more may come while one is being sent
+                seen += 1
+                yield self._events[seen - 1]
 
     def log_files(self, name: str, call: str | None) -> list[Path]:
         if name not in self.logs:

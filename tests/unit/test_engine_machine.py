@@ -99,7 +99,7 @@ class Lives(RuleBasedStateMachine):
     def begin(self, data: st.DataObject) -> None:
         self.tester = Watched(Lab())
         self.over: dict[str, tuple[Stage, Any]] = {}
-        self.silent = False
+        self.lives = 1
         for name in FIXED:
             fake = self.tester.fake(name)
             fake.run_for = data.draw(st.sampled_from([None, 0.0, 1.0, 5.0]))
@@ -176,19 +176,21 @@ class Lives(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.tester.advance(seconds)
 
-    @rule()
-    def server_dies(self) -> None:
-        self.tester.restart_server()
+    @precondition(lambda self: self.lives < 4)
+    @rule(resumed=st.sampled_from([False, False, True]))
+    def server_dies(self, resumed: bool) -> None:
+        """By kill -9; or the run ended and is gone on with."""
+        self.lives += 1
+        if resumed:
+            self.tester.resume()
+        else:
+            self.tester.restart_server()
 
     @precondition(lambda self: self.tester.engine.agents["local"].up)
     @rule()
     def agent_is_silent_for_a_while(self) -> None:
         self.tester._event(AgentPolled(agent="local", status=None))
         self.tester._event(AgentPolled(agent="local", status=self.tester._agent_up("local").status))
-
-    @rule()
-    def ended_and_resumed(self) -> None:
-        self.tester.resume()
 
     # -- what always holds
     @invariant()

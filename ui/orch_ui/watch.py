@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from orch.errors import OrchError
 from orch.state import parse_pointer
 from orch_ui.state import AppServer, ScriptRun, Tokens
 
@@ -126,7 +127,7 @@ class Watcher:
             try:
                 if run is None or run.rev is None or self._server.unchanged(self._server.base(), run.rev):
                     continue
-            except (AttributeError, OSError) as error:
+            except (AttributeError, OrchError) as error:
                 log.info("the state cannot be read: %s", error)
                 return
             with self._lock:

@@ -98,6 +98,8 @@ class Attempt:
     probe_at: float = 0.0
     probe_delay: float = SERVICE_PROBE
     probing: bool = False
+    port_taken: bool = False
+    """Somebody else listens on its port; that was said."""
     reports: bool = False
     """The script reports its own progress and metrics: nothing is read off its output any more."""
     metrics: MetricsReader | None = None
@@ -1045,9 +1047,6 @@ class Agent:
     def _probe(self, attempt: Attempt, now: float) -> None:
         work = self.works[attempt.start.work]
         if places.accepts(work.host, work.port):
-            if attempt.start.health is None:
-                self._set_ready(attempt)
-                return
             attempt.probing = True
             self._spawn(self._ask(attempt, work, attempt.start.health))
         if attempt.start.kind == "service":
@@ -1060,10 +1059,18 @@ class Agent:
             if attempt.probe_delay == PLAIN_PROBE:
                 attempt.probe_at = math.floor(now) + PLAIN_PROBE
 
-    async def _ask(self, attempt: Attempt, work: PlacedWork, path: str) -> None:
+    async def _ask(self, attempt: Attempt, work: PlacedWork, path: str | None) -> None:
+        process = attempt.process
         try:
-            if await places.answers(work.host, work.port, path):
+            if process is None or (path is not None and not await places.answers(work.host, work.port, path)):
+                return
+            if await asyncio.to_thread(lambda: places.listens(work.port, process.pids)):
                 self._set_ready(attempt)
+                return
+            if not attempt.port_taken:
+                attempt.port_taken = True
+                log.warning("port %d of %s is another process's: not taken for its server", work.port, work.name)
+            attempt.probe_at = asyncio.get_running_loop().time() + PLAIN_PROBE
         finally:
             attempt.probing = False
             self._probe_wake.set()

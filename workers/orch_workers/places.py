@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 
-__all__ = ["accepts", "answers", "free_port", "is_loopback", "machine_address"]
+__all__ = ["accepts", "answers", "free_port", "is_loopback", "listens", "machine_address"]
 
 _LOWEST = 10_240
+_LISTEN = "0A"
+"""A listening socket's state in /proc/net/tcp."""
 _PATIENCE = 0.02
 """Seconds for a connection on this machine; a busy kernel does not answer within the call."""
 
@@ -63,6 +66,39 @@ def accepts(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.settimeout(_PATIENCE)
         return probe.connect_ex((_target(host), port)) == 0
+
+
+def listens(port: int, pids: Iterable[int]) -> bool:
+    """Whether one of these processes is who listens on the port; True where that cannot be seen (not on Linux).
+
+    A socket of root's counts for everybody: container engines listen in the name of what they run.
+    """
+    listening: set[str] = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for row in rows:
+            _, local, _, state, _, _, _, uid, _, inode, *_ = row.split()
+            if state == _LISTEN and int(local.rpartition(":")[2], 16) == port:
+                if uid == "0" != str(os.getuid()):
+                    return True
+                listening.add(f"socket:[{inode}]")
+    if not listening:
+        return not os.path.exists("/proc/net/tcp")
+    for pid in pids:
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:  # ended, or another user's
+            continue
+        for descriptor in descriptors:
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in listening:
+                    return True
+            except OSError:  # closed meanwhile
+                continue
+    return False
 
 
 async def answers(host: str, port: int, path: str, timeout: float = 2.0) -> bool:

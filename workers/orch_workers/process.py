@@ -141,6 +141,11 @@ class Process:
         return self._main_lives() or self._waiter_lives()
 
     @property
+    def pids(self) -> list[int]:
+        """The main process and what lives of its descendants (Linux; elsewhere the main process alone)."""
+        return [self.pid, *(stat.pid for stat in waiter.descendants(self.waiter_pid) if stat.pid != self.pid)]
+
+    @property
     def ended(self) -> ExitRecord | None:
         """The exit record, if there is one now."""
         try:
