@@ -22,8 +22,6 @@ from typing import TYPE_CHECKING, Any
 from orch._version import __version__
 
 if TYPE_CHECKING:
-    from orch_drive import Drive
-
     from orch.api import Delete, Get, Post, Put
     from orch.app import App
     from orch.appstate import AppState
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from orch.scripts import ScriptWork, ServiceWork
     from orch.structures import Dict, List
     from orch.work import Work
+    from orch_drive import Drive
 
 __all__ = [
     "App",

@@ -46,7 +46,9 @@ RETRIED = frozenset(
 )
 
 MOVES: Mapping[Stage, frozenset[Stage]] = {
-    Stage.PENDING: frozenset({Stage.RUNNING, Stage.SUCCEEDED, Stage.FAILED, Stage.STOPPED, Stage.PENDING, Stage.UNKNOWN}),
+    Stage.PENDING: frozenset(
+        {Stage.RUNNING, Stage.SUCCEEDED, Stage.FAILED, Stage.STOPPED, Stage.PENDING, Stage.UNKNOWN}
+    ),
     Stage.RUNNING: frozenset({Stage.SUCCEEDED, Stage.FAILED, Stage.STOPPED, Stage.PENDING, Stage.UNKNOWN}),
     Stage.UNKNOWN: frozenset({Stage.RUNNING, Stage.SUCCEEDED, Stage.FAILED, Stage.STOPPED, Stage.PENDING}),
     Stage.SUCCEEDED: frozenset(),

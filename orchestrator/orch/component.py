@@ -37,7 +37,7 @@ def short_name(name: str) -> str:
     return name.removeprefix("root.")
 
 
-# ---- constructor arguments as JSON --------------------------------------------------------------------------------------
+# ---- constructor arguments as JSON -----------------------------------------------------------------------------------
 
 
 def import_name(obj: Any) -> str:
@@ -113,7 +113,7 @@ def build(record: ComponentRecord) -> Any:
     return cls(*decode_argument(record.args), **decode_argument(record.kwargs))
 
 
-# ---- the base class -----------------------------------------------------------------------------------------------------
+# ---- the base class --------------------------------------------------------------------------------------------------
 
 
 class _Meta(type):
@@ -238,7 +238,9 @@ class Component(metaclass=_Meta):
 
     def _set_public(self, name: str, value: Any) -> None:
         if isinstance(value, Component):
-            raise StateTypeError(f"{type(self).__name__}.{name}: a Work is a leaf, it cannot hold a {type(value).__name__}")
+            raise StateTypeError(
+                f"{type(self).__name__}.{name}: a Work is a leaf, it cannot hold a {type(value).__name__}"
+            )
         self._set_var(name, value)
 
     def _set_var(self, name: str, value: Any) -> None:

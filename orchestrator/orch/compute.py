@@ -44,12 +44,14 @@ class CloudCompute(_Declared):
 
     Args:
         name: "cpu", "cpu-medium", "gpu", "gpu-fast", "gpu-fast-multi" (docs/compute.md) or an instance type.
-        cpus, gpus: logical counts. memory, disk_size, shm_size: GiB. idle_timeout: seconds. count: machines for one Work.
+        cpus, gpus: logical counts. memory, disk_size, shm_size: GiB. idle_timeout: seconds. count: machines for one
+        Work.
     """
 
     _kind = "$compute"
     _fields = (
-        "name", "instance_type", "cpus", "gpus", "memory", "disk_size", "shm_size", "idle_timeout", "interruptible", "count",
+        "name", "instance_type", "cpus", "gpus", "memory", "disk_size", "shm_size", "idle_timeout", "interruptible",
+        "count",
     )  # fmt: skip
 
     def __init__(
@@ -99,7 +101,9 @@ class BuildConfig(_Declared):
         else:
             for entry in requirements:
                 if not isinstance(entry, str) or not entry.strip():
-                    raise StateTypeError(f"BuildConfig(requirements=...): {entry!r} is no requirement, give e.g. 'numpy>=2'")
+                    raise StateTypeError(
+                        f"BuildConfig(requirements=...): {entry!r} is no requirement, give e.g. 'numpy>=2'"
+                    )
             self.requirements = list(requirements)
         self.python, self.image = python, image
 

@@ -1,8 +1,8 @@
 """The engine: every event goes through `handle(event, now)`, which answers with instructions. PURE.
 
-It owns the state tree, the calls and the knowledge of agents. It reads no clock and does no I/O: the service (or a test)
-feeds it events, commits what `take_batch()` returns, and only then carries the instructions out. Between two commits the
-tree may be ahead of the journal; nobody outside sees it then.
+It owns the state tree, the calls and the knowledge of agents. It reads no clock and does no I/O: the service (or a
+test) feeds it events, commits what `take_batch()` returns, and only then carries the instructions out. Between two
+commits the tree may be ahead of the journal; nobody outside sees it then.
 
 Order. While a pass runs, diffs, calls' ends and requests for calls wait (`deferred`) and are applied after it; a call's
 end closes its burst: the next pass starts at once, and what came behind the end waits for it.
@@ -96,7 +96,7 @@ class Base(msgspec.Struct, frozen=True, kw_only=True):
     pass
 
 
-# ---- events -------------------------------------------------------------------------------------------------------------
+# ---- events ----------------------------------------------------------------------------------------------------------
 
 
 class Event(Base, frozen=True, kw_only=True):
@@ -192,7 +192,7 @@ class Tick(Event, frozen=True, kw_only=True):
     pass
 
 
-# ---- instructions -------------------------------------------------------------------------------------------------------
+# ---- instructions ----------------------------------------------------------------------------------------------------
 
 
 class Instruction(Base, frozen=True, kw_only=True):
@@ -293,7 +293,7 @@ class ReloadProgram(Instruction, frozen=True, kw_only=True):
     tree: dict[str, Any]
 
 
-# ---- the engine ---------------------------------------------------------------------------------------------------------
+# ---- the engine ------------------------------------------------------------------------------------------------------
 
 
 class Config(Base, frozen=True, kw_only=True):
@@ -512,7 +512,9 @@ class Engine:
                 work.since = now
             status = work.status(self.config.base_url)
             if status != work.shown:
-                self._fact("work", name, {**status, "deaths": work.deaths, "held_key": work.book.held, "live": work.live})
+                self._fact(
+                    "work", name, {**status, "deaths": work.deaths, "held_key": work.book.held, "live": work.live}
+                )
                 silent = stage_before is None and stage_now == Stage.NOT_STARTED
                 if not silent and (stage_before, work.shown.get("reason"), work.shown.get("is_ready")) != (
                     stage_now,
@@ -926,9 +928,7 @@ class Engine:
         self._end(work, call.move(Stage.SUCCEEDED, reason=None, message=item.message, result=item.result))
 
     def _end(self, work: _Work, call: Call) -> None:
-        fresh = call.stage is not Stage.STOPPED and not work.spec.cache_calls and work.spec.kind != "service"
-        if call.stage is Stage.STOPPED and work.book.held == call.key and not work.spec.cache_calls:
-            fresh = False
+        fresh = not work.spec.cache_calls and work.spec.kind != "service"
         work.book.finish(call.replace(fresh=fresh))
         work.stopping = ""
 
@@ -1140,9 +1140,7 @@ class Engine:
             if work.book.calls[call].fresh
         }
         views = {n: self.works[n].view(self.config.base_url) for n in self._pass_views if n in self.works}
-        given = PassInput(
-            run=self.run, now=now, ops=self._pass_ops, views=views, schedules=dict(self._pass_schedules)
-        )
+        given = PassInput(run=self.run, now=now, ops=self._pass_ops, views=views, schedules=dict(self._pass_schedules))
         self._pass_ops, self._pass_views, self._pass_schedules = [], {}, {}
         return given
 
@@ -1188,7 +1186,8 @@ class Engine:
             self._emit(
                 Note(
                     level="warning",
-                    text=f"passes take {self.pass_seconds:.1f} s on average: a Flow orchestrates, computing belongs in a Work",
+                    text=f"passes take {self.pass_seconds:.1f} s on average: "
+                    "a Flow orchestrates, computing belongs in a Work",
                 )
             )
         self._slow = self.passes >= 5 and self.pass_seconds > 1.0
@@ -1631,4 +1630,3 @@ def _joined(path: str, name: str) -> str:
 
 def _copied(value: Any) -> Any:
     return msgspec.json.decode(msgspec.json.encode(value))
-

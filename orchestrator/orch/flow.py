@@ -89,7 +89,9 @@ class Flow(Component):
         if not (name.isidentifier() or KEY.fullmatch(name)):
             raise StateTypeError(f"{self.name}: {name!r} cannot name a child: letters, digits, '_' and '-' are allowed")
         if isinstance(value, Structure) and value._owner is not None:
-            raise StateTypeError(f"{self.name}.{name}: this {type(value).__name__} belongs to {value.name}: make another one")
+            raise StateTypeError(
+                f"{self.name}.{name}: this {type(value).__name__} belongs to {value.name}: make another one"
+            )
         if name in self._vars:
             if self._vars.get(name) is not None:
                 raise StateTypeError(f"{self.name}.{name} is a state variable, it cannot become a child")

@@ -48,7 +48,8 @@ def take_down(folder: AppFolder, say: Callable[[str], None], *, timeout: float =
 
 
 def end_agents(folder: AppFolder, say: Callable[[str], None], *, timeout: float = 60.0) -> int:
-    """Ask every agent found in `.orch/run` to stop its scripts and exit; kill one that does not. How many there were."""
+    """Ask every agent found in `.orch/run` to stop its scripts and exit; kill one that does not. How many there
+    were."""
     return sum(_end_agent(path.stem, record, say, timeout) for path, record in folder.agent_records())
 
 

@@ -19,7 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class HttpPeer:
-    """Used by one request at a time; requests wait for each other. `timeout`: seconds for connecting and for each read."""
+    """Used by one request at a time; requests wait for each other. `timeout`: seconds for connecting and for each
+    read."""
 
     def __init__(self, timeout: float = 10.0, *, name: str = "orch-peer") -> None:
         self._timeout = timeout

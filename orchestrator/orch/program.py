@@ -1,7 +1,7 @@
 """The user's Flow objects, run in passes. Whoever holds the Program (one thread at a time) may run one.
 
-A pass is a transaction: `Pass` collects what `run()` changed and asked for; `PassResult` carries it to the engine, which
-commits it. Between passes the engine's diffs are applied here first, so that a pass sees one state.
+A pass is a transaction: `Pass` collects what `run()` changed and asked for; `PassResult` carries it to the engine,
+which commits it. Between passes the engine's diffs are applied here first, so that a pass sees one state.
 """
 
 from __future__ import annotations
@@ -179,9 +179,7 @@ class Pass:
         number = self._numbers.get(name, work._view.book.counter) + 1
         self._numbers[name] = number
         error = work._argument_error(args, kwargs)
-        call = Call(
-            id=call_id(self.run, name, number), work=name, key=key, args=args, kwargs=kwargs, asked_at=self.now
-        )
+        call = Call(id=call_id(self.run, name, number), work=name, key=key, args=args, kwargs=kwargs, asked_at=self.now)
         if error:
             call = call.move(
                 Stage.FAILED, reason=Reason.EXCEPTION, message=f"{name}: {error}", finished_at=self.now, fresh=True
@@ -311,7 +309,7 @@ class Program:
         assert child._parent is not None
         if not importable(type(child)):
             raise StateTypeError(
-                f"{child.name}: {type(child).__qualname__} cannot be imported by name, a resume could not make it again",
+                f"{child.name}: {type(child).__qualname__} cannot be imported by name: no resume could make it again",
                 hint="define the class at the top level of app.py or of a module beside it",
             )
         used: dict[str, int] = {}
@@ -381,10 +379,11 @@ class Program:
                 continue
             kept = node.get("vars", {})
             here = set(component._vars.names())
-            for attribute in sorted(here - set(kept)):
-                lines.append(f"{short_name(component.name)}.{attribute}: new, starts with its default")
-            for attribute in sorted(set(kept) - here):
-                lines.append(f"{short_name(component.name)}.{attribute}: no longer declared, its kept value is dropped")
+            name = short_name(component.name)
+            lines += [f"{name}.{new}: new, starts with its default" for new in sorted(here - set(kept))]
+            lines += [
+                f"{name}.{old}: no longer declared, its kept value is dropped" for old in sorted(set(kept) - here)
+            ]
             component._vars.load({**component._vars.snapshot(), **{k: v for k, v in kept.items() if k in here}})
         self._reorder(tree)
         return lines

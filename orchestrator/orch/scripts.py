@@ -30,7 +30,8 @@ class ScriptWork(Work):
     """Runs an existing script or command, unchanged, in a process group of its own.
 
     Args:
-        command: a list of words, or a string that is split as a shell splits words (with `shell=True`: bash's own text).
+        command: a list of words, or a string that is split as a shell splits words (with `shell=True`: bash's own
+        text).
             A first word ending `.py`, and the words python and python3, mean this Python. `{host}`, `{port}`,
             `{base_path}` and `{work_dir}` are replaced here, in `args`, `cwd` and `env`.
         args: further words. inputs, outputs: Drive paths, relative to `cwd`. sync_interval: seconds.

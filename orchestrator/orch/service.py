@@ -9,7 +9,6 @@ Everything acknowledged was committed before: answers, launches and event stream
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import http.client
 import inspect
@@ -44,8 +43,8 @@ from orch.peer import HttpPeer
 from orch.program import Program
 from orch.runtimes.base import Handle
 from orch.runtimes.local import LocalRuntime
-from orch.server.sockets import bind_socket
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
+from orch.server.sockets import bind_socket
 from orch.wire import (
     AgentSpec,
     AgentStatus,
@@ -561,7 +560,9 @@ class Service:
         frame = sys._current_frames().get(self._pass_ident)
         inside = [f for f in traceback.extract_stack(frame) if Path(f.filename).is_relative_to(self.folder.root)]
         where = f" ({Path(inside[-1].filename).name}:{inside[-1].lineno} in {inside[-1].name})" if inside else ""
-        self.console.warn(f"a pass has not ended for {SLOW_PASS:.0f} s{where}: run() must not wait or loop, Works do that")
+        self.console.warn(
+            f"a pass has not ended for {SLOW_PASS:.0f} s{where}: run() must not wait or loop, Works do that"
+        )
 
     def _pass_over(self, event: e.Event, slow: asyncio.TimerHandle) -> None:
         slow.cancel()
@@ -772,11 +773,11 @@ class Service:
             handle = link.handle
             try:
                 await link.peer.post(f"{handle['url']}/v1/shutdown", encode(Shutdown(kill=kill)), handle["token"])
-                async with asyncio.timeout(AGENT_STOP):
-                    while await self._runtime.poll(handle) is None:
-                        await asyncio.sleep(0.02)
-            except (OSError, http.client.HTTPException, TimeoutError) as error:
-                log.debug("agent %s does not end by itself: %s", agent, error)
+                ended = await self._runtime.ended(handle, AGENT_STOP)
+            except (OSError, http.client.HTTPException) as error:
+                log.debug("agent %s does not answer: %s", agent, error)
+                ended = False
+            if not ended:
                 await self._runtime.kill(handle)
                 await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
         self._runtime.reap()

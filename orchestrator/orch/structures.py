@@ -194,7 +194,9 @@ class Dict(Structure):
         if key in self._items:
             if self._items[key] is member:
                 return
-            raise StateTypeError(f"{self._attribute}[{key!r}] holds a component: delete it first, it cannot be replaced")
+            raise StateTypeError(
+                f"{self._attribute}[{key!r}] holds a component: delete it first, it cannot be replaced"
+            )
         self._insert(key, member)
 
     def __getitem__(self, key: str) -> Any:

@@ -278,7 +278,8 @@ class AppTester:
 
     # -- time
     def step(self) -> bool:
-        """Let the next thing happen: one pass, one report, or, if nothing can, time moves on. False: nothing will ever."""
+        """Let the next thing happen: one pass, one report, or, if nothing can, time moves on. False: nothing will
+        ever."""
         self._take_stray()
         if self._queue:
             self._queue.popleft()()
@@ -299,7 +300,8 @@ class AppTester:
         return True
 
     def until(self, predicate: Callable[..., Any], *, timeout: float = 3_600.0) -> None:
-        """Step until `predicate()` (or `predicate(tester)`) holds. AssertionError after `timeout` seconds of fake time."""
+        """Step until `predicate()` (or `predicate(tester)`) holds. AssertionError after `timeout` seconds of fake
+        time."""
         takes = any(p.default is p.empty for p in inspect.signature(predicate).parameters.values())
         end = self.clock.now + timeout
         steps = 0
@@ -312,6 +314,7 @@ class AppTester:
         """Let everything happen that can happen at this moment."""
         for _ in range(100_000):
             self._take_stray()
+            self._settle()
             timer = self.engine.next_due()
             if not self._queue and not (self._due and self._due[0][0] <= self.now) and (not timer or timer > self.now):
                 return

@@ -523,7 +523,11 @@ class Vars:
     """
 
     def __init__(
-        self, report: Callable[[Op], None], *, where: str | Callable[[], str] = "", lock: AbstractContextManager[Any] | None = None
+        self,
+        report: Callable[[Op], None],
+        *,
+        where: str | Callable[[], str] = "",
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._report = report
         self._lock = lock if lock is not None else _NO_LOCK

@@ -1,7 +1,7 @@
 """Messages between the flow server and its agents. PURE: no I/O, no clock.
 
-Protocol version 1. JSON bodies, `Authorization: Bearer <agent token>` both ways (the token is shared by one flow and one
-agent and opens nothing else). Times are seconds since the epoch (float), durations are seconds.
+Protocol version 1. JSON bodies, `Authorization: Bearer <agent token>` both ways (the token is shared by one flow and
+one agent and opens nothing else). Times are seconds since the epoch (float), durations are seconds.
 
 flow -> agent
     POST /v1/attach    Attach            -> AgentStatus   who the flow is now, and the vars as the tree has them
@@ -18,8 +18,8 @@ agent -> flow
 
 Order. An agent numbers what it reports (`seq`, from 1 in an incarnation). A push carries items `seq, seq+1, ...`; the
 flow skips what it already has, so a push sent twice takes effect once. The flow tells an agent about every accepted
-revision under its works' vars, its own included: those carry the `seq` that caused them (and no ops when they were taken
-as sent), which is how an agent orders its own writes among the others'.
+revision under its works' vars, its own included: those carry the `seq` that caused them (and no ops when they were
+taken as sent), which is how an agent orders its own writes among the others'.
 """
 
 from __future__ import annotations
@@ -208,8 +208,9 @@ class VarOps(Message, tag="vars", frozen=True, kw_only=True):
     base_rev: int | None = None
     attempt: int = 0
     n: int = 0
-    """Of a Python Work: its process's own number of this change, from 1 in an attempt. A process that a new agent adopts
-    says again what it has not seen echoed: what the flow has of this (call, attempt) up to `n` is not taken twice."""
+    """Of a Python Work: its process's own number of this change, from 1 in an attempt. A process that a new agent
+    adopts says again what it has not seen echoed: what the flow has of this (call, attempt) up to `n` is not taken
+    twice."""
 
 
 class Started(Message, tag="started", frozen=True, kw_only=True):

@@ -103,8 +103,8 @@ def one_of(owner: str, name: str, value: Any, *choices: str) -> Any:
 class Work(Component):
     """Subclass it and override `run(self, *args, **kwargs)`: that executes in a process of the work's own.
 
-    In the flow, `work.run(...)` only records the wish and returns a `Call`. State variables are live both ways: what the
-    running code assigns reaches the flow at once, what the flow assigns reaches the running code within 100 ms.
+    In the flow, `work.run(...)` only records the wish and returns a `Call`. State variables are live both ways: what
+    the running code assigns reaches the flow at once, what the flow assigns reaches the running code within 100 ms.
 
     Args:
         parallel: `run()` returns at once (default: it ends the pass until the call has finished).

@@ -133,7 +133,7 @@ def test_root_may_be_a_work() -> None:
     tester.until(lambda: tester.exit_code == 0)
 
 
-# ---- the state tree ------------------------------------------------------------------------------------------------------
+# ---- the state tree --------------------------------------------------------------------------------------------------
 
 
 def test_the_tree_has_the_documented_shape() -> None:
@@ -271,7 +271,9 @@ def test_two_concurrent_appends_are_both_kept() -> None:
         ({"op": "replace", "path": "/vars/count", "value": float("inf")}, StateTypeError),
     ],
 )
-def test_writes_that_are_not_allowed_change_nothing_and_stop_nothing(op: dict[str, Any], error: type[Exception]) -> None:
+def test_writes_that_are_not_allowed_change_nothing_and_stop_nothing(
+    op: dict[str, Any], error: type[Exception]
+) -> None:
     tester = started()
     before = tester.rev, msgspec.json.encode(tester.state)
     with pytest.raises(error):

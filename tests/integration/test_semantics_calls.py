@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from orch import Call, CloudCompute, Drive, Flow, ScriptWork, Stage, Work
+from orch.engine import AskCall, StopApp
 from orch.errors import CallError, StateTypeError
 from orch.testing import AppTester
 
@@ -56,7 +57,7 @@ def ids(tester: AppTester, name: str = "w") -> list[str]:
 PARALLEL = {"parallel": True}
 
 
-# ---- identity ------------------------------------------------------------------------------------------------------------
+# ---- identity --------------------------------------------------------------------------------------------------------
 
 
 def test_run_only_records_the_wish_and_returns_a_call() -> None:
@@ -115,7 +116,7 @@ def test_a_call_has_no_truth_value() -> None:
     assert started(body, PARALLEL).exit_code is None
 
 
-# ---- queue and replace ---------------------------------------------------------------------------------------------------
+# ---- queue and replace -----------------------------------------------------------------------------------------------
 
 
 def test_different_calls_of_one_work_run_one_after_another_in_the_order_asked() -> None:
@@ -160,7 +161,7 @@ def test_earlier_arguments_replace_again() -> None:
     assert tester.calls("w")[-1].stage is Stage.RUNNING
 
 
-# ---- caching -------------------------------------------------------------------------------------------------------------
+# ---- caching ---------------------------------------------------------------------------------------------------------
 
 
 def test_arguments_that_succeeded_are_not_run_again_asking_returns_the_finished_call() -> None:
@@ -366,7 +367,7 @@ def test_hand_overs_are_part_of_the_passs_transaction() -> None:
     assert seen[:3] == [True, True, False]  # used up: the same arguments started anew
 
 
-# ---- blocking ------------------------------------------------------------------------------------------------------------
+# ---- blocking --------------------------------------------------------------------------------------------------------
 
 
 def test_blocking_ends_the_whole_root_pass_finally_runs_except_exception_does_not_catch() -> None:
@@ -440,7 +441,7 @@ def test_parallel_returns_at_once() -> None:
     assert tester.state["vars"]["flag"] is True
 
 
-# ---- failures ------------------------------------------------------------------------------------------------------------
+# ---- failures --------------------------------------------------------------------------------------------------------
 
 
 def test_raise_exception_fails_the_app_at_once_and_the_works_are_stopped_before_it_exits() -> None:
@@ -571,7 +572,7 @@ def test_uncached_arguments_that_cannot_be_split_do_not_spin() -> None:
     assert len(tester.calls("w")) == 1
 
 
-# ---- stops ---------------------------------------------------------------------------------------------------------------
+# ---- stops -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -730,7 +731,7 @@ def test_restart_forgets_failures_and_the_server_remembers_that() -> None:
     assert [start.args for start in tester.fake("w").starts] == [["a"], ["b"], ["b"], ["a"]]
 
 
-# ---- resume --------------------------------------------------------------------------------------------------------------
+# ---- resume ----------------------------------------------------------------------------------------------------------
 
 
 def test_after_kill_9_of_the_server_running_calls_go_on_and_nothing_is_started_twice() -> None:
@@ -803,8 +804,6 @@ def test_resume_forgets_a_hold() -> None:
 
 
 def test_a_call_asked_while_a_pass_runs_is_ordered_after_it() -> None:
-    from orch.engine import AskCall
-
     box: list[AppTester] = []
 
     def body(flow: Any) -> None:
@@ -817,3 +816,106 @@ def test_a_call_asked_while_a_pass_runs_is_ordered_after_it() -> None:
     box[0].set("flag", True)
     box[0].advance(10)
     assert [(call.id, call.args[0]) for call in box[0].calls("w")] == [("1-w-1", "flow"), ("1-w-2", "api")]
+
+
+def test_a_parallel_hand_over_is_used_up_by_a_committed_pass_that_blocks_behind_it() -> None:
+    seen: list[str] = []
+
+    def body(flow: Any) -> None:
+        call = flow.w.run("a")
+        if call.done:
+            seen.append(call.id)
+        flow.blocked.run()
+
+    flow = WithSecond({"parallel": True, "cache_calls": False})
+    flow._body = body
+    tester = AppTester(flow, works={"w": {"run_for": 5.0}, "blocked": {"run_for": None}})
+    tester.advance(6)
+    tester.set("count", 1)
+    tester.settle()
+    assert seen == ["1-w-1"]
+    assert ids(tester) == ["1-w-1", "1-w-2"]
+
+
+def test_launches_and_ends_are_fsynced_other_diffs_need_not() -> None:
+    batches: list[tuple[bool, set[str]]] = []
+    flow = Box(PARALLEL)
+    flow._body = lambda flow: flow.w.run()
+    tester = AppTester(flow, works={"w": {"run_for": 5.0}})
+    take = tester.engine.take_batch
+
+    def spy() -> Any:
+        batch = take()
+        if batch is not None:
+            stages = {fact["stage"] + str(fact["attempt"]) for kind, _, fact in batch.facts if kind == "call"}
+            batches.append((batch.durable, stages))
+        return batch
+
+    tester.engine.take_batch = spy  # type: ignore[method-assign]
+    tester.advance(4)
+    tester.set("count", 1)
+    tester.advance(10)
+    assert any(durable and "pending1" in stages for durable, stages in batches)
+    assert any(durable and "succeeded1" in stages for durable, stages in batches)
+    assert any(not durable for durable, _ in batches)
+
+
+def test_nothing_is_started_while_the_app_ends() -> None:
+    tester = started(lambda flow: flow.w.run("a"), PARALLEL, run_for=None, stop_after=5.0)
+    tester.stop()
+    for ask in (lambda: tester.run_work("other"), lambda: tester.restart_work("w")):
+        with pytest.raises(CallError, match="the app is stopping"):
+            ask()
+    tester.until(lambda: tester.exit_code is not None)
+    assert tester.exit_code == 0
+    assert len(ids(tester)) == 1
+
+
+def test_a_pass_that_ends_after_the_apps_stop_starts_nothing() -> None:
+    box: list[AppTester] = []
+
+    def body(flow: Any) -> None:
+        if flow.flag:
+            box[0]._event(StopApp())
+            flow.count = 5
+            flow.w.run("late")
+
+    box.append(started(body, PARALLEL))
+    box[0].set("flag", True)
+    while box[0].step():
+        pass
+    assert box[0].exit_code == 0
+    assert ids(box[0]) == []
+
+
+def test_post_run_of_what_runs_or_has_succeeded_starts_nothing_new() -> None:
+    tester = started(lambda flow: None, PARALLEL, run_for=10.0)
+    for _ in range(2):
+        assert tester.run_work("w", "a")["call"] == "1-w-1"
+        tester.advance(1)
+    tester.advance(20)
+    assert tester.run_work("w", "a")["call"] == "1-w-1"
+    assert tester.calls("w")[0].succeeded
+    tester.advance(5)
+    assert ids(tester) == ["1-w-1"]
+
+
+def test_post_run_of_what_has_failed_or_is_uncached_starts_it_again() -> None:
+    tester = started(lambda flow: None, {"parallel": True, "raise_exception": False}, exit_code=1)
+    for _ in range(2):
+        tester.run_work("w", "a")
+        tester.advance(5)
+    assert ids(tester) == ["1-w-1", "1-w-2"]
+    tester = started(lambda flow: None, {"parallel": True, "cache_calls": False})
+    for _ in range(2):
+        tester.run_work("w", "a")
+        tester.advance(5)
+    assert ids(tester) == ["1-w-1", "1-w-2"]
+
+
+def test_post_run_with_arguments_that_cannot_be_used_is_refused() -> None:
+    tester = started(lambda flow: None, PARALLEL)
+    with pytest.raises(CallError, match="cannot be split"):
+        tester.run_work("w", "'x")
+    assert tester.calls("w") == []
+    assert tester.exit_code is None

@@ -45,7 +45,7 @@ def in_pass(tester: AppTester, body: Callable[[Any], Any]) -> Any:
     return tester.call_method(lambda: body(tester.flow))
 
 
-# ---- state ---------------------------------------------------------------------------------------------------------------
+# ---- state -----------------------------------------------------------------------------------------------------------
 
 
 class Color(StrEnum):
@@ -88,11 +88,11 @@ def test_public_attributes_set_in_init_are_state() -> None:
 
 
 class DeclaredByHelpers(Base):
-    def declare(that) -> None:  # noqa: N805  (the parameter may have any name)
+    def declare(that) -> None:
         that._more()
         outside_helper(that)
 
-    def _more(this) -> None:  # noqa: N805
+    def _more(this) -> None:
         this.one = 1
 
 
@@ -213,20 +213,28 @@ def test_bool_int_and_float_are_different_values() -> None:
 
 def test_a_new_public_attribute_after_init_is_an_attribute_error() -> None:
     flow = Variables()
-    with pytest.raises(AttributeError, match="new.*declare it in __init__"):
+    with pytest.raises(AttributeError, match=r"new.*declare it in __init__"):
         flow.new = 1
     flow._new = 1  # private ones are free
-    started(flow, lambda flow: pytest.raises(AttributeError, setattr, flow, "new", 1))
+
+    def body(flow: Any) -> None:
+        with pytest.raises(AttributeError, match="declare it in __init__"):
+            flow.new = 1
+
+    assert started(flow, body).exit_code is None
     assert "new" not in flow._vars
 
 
 class WithProperty(Base):
     limit: int = 7
     """A class attribute of the same name as a variable."""
+    helper: ScriptWork | None = None
+    """A class attribute of the same name as a child."""
 
     def declare(self) -> None:
         self.celsius = 0.0
         self.limit = self.limit + 1
+        self.helper = ScriptWork("true")
 
     @property
     def fahrenheit(self) -> float:
@@ -249,11 +257,36 @@ def test_a_variable_hides_a_class_attribute_of_its_name() -> None:
     assert tester.state["vars"]["limit"] == 8
     in_pass(tester, lambda flow: setattr(flow, "limit", flow.limit + 1))
     assert tester.flow.limit == tester.state["vars"]["limit"] == 9
-    assert WithProperty.limit == 7
+    assert tester.flow.helper.name == "root.helper"
+    assert (WithProperty.limit, WithProperty.helper) == (7, None)
 
 
-FLOW_NAMES = ["name", "run", "stop", "fail", "schedule", "flows", "works", "named_works", "configure_layout", "configure_api"]
-WORK_NAMES = ["name", "run", "stop", "restart", "status", "url", "port", "host", "progress", "metrics", "files", "is_ready"]
+FLOW_NAMES = [
+    "name",
+    "run",
+    "stop",
+    "fail",
+    "schedule",
+    "flows",
+    "works",
+    "named_works",
+    "configure_layout",
+    "configure_api",
+]
+WORK_NAMES = [
+    "name",
+    "run",
+    "stop",
+    "restart",
+    "status",
+    "url",
+    "port",
+    "host",
+    "progress",
+    "metrics",
+    "files",
+    "is_ready",
+]
 
 
 class Named(Flow):
@@ -364,7 +397,7 @@ def test_drive_and_cloud_compute_serialize_themselves() -> None:
     assert isinstance(tester.flow.drive, Drive)
 
 
-# ---- children ------------------------------------------------------------------------------------------------------------
+# ---- children --------------------------------------------------------------------------------------------------------
 
 
 class Leaf(Flow):
@@ -504,7 +537,9 @@ class Growing(Base):
 
 
 class Made(Work):
-    def __init__(self, tags: list[str], drive: Drive, compute: CloudCompute, build: BuildConfig, kind: Any, helper: Any) -> None:
+    def __init__(
+        self, tags: list[str], drive: Drive, compute: CloudCompute, build: BuildConfig, kind: Any, helper: Any
+    ) -> None:
         super().__init__(cloud_compute=compute, cloud_build_config=build, parallel=True)
         self.tags = tags
         self.drive = drive
@@ -702,7 +737,7 @@ def test_a_new_work_of_a_removed_ones_name_counts_its_calls_on() -> None:
     assert len(tester.fake("named.k").starts) == 3
 
 
-# ---- passes --------------------------------------------------------------------------------------------------------------
+# ---- passes ----------------------------------------------------------------------------------------------------------
 
 
 class Passing(Base):
@@ -1017,5 +1052,3 @@ def test_a_root_work_that_fails_fails_the_app() -> None:
 def test_a_service_is_a_work_too() -> None:
     assert issubclass(ServiceWork, ScriptWork)
     assert issubclass(ScriptWork, Work)
-
-

@@ -176,7 +176,7 @@ def test_a_layout_that_raises_commits_nothing() -> None:
     assert tester.state["vars"]["count"] == 0
 
 
-# ---- API -----------------------------------------------------------------------------------------------------------------
+# ---- API -------------------------------------------------------------------------------------------------------------
 
 
 class Api(Flow):
@@ -325,7 +325,7 @@ def test_a_schedule_asked_in_a_method_that_raises_is_not_used_up() -> None:
         raise ValueError
 
     tester.advance(11)
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         tester.call_method(method)
     assert tester.call_method(lambda: tester.flow.schedule("@every 10s")) is True
     assert tester.call_method(lambda: tester.flow.schedule("@every 10s")) is False

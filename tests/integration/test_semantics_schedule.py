@@ -244,12 +244,14 @@ def test_a_changed_cron_under_the_same_key_registers_anew() -> None:
     assert ticks(tester) == [-1, 65]
 
 
-@pytest.mark.parametrize("cron", ["", "never", "* * * *", "61 * * * *", "@every", "@every 0s", "@every soon", "@sometimes", 5])
+@pytest.mark.parametrize(
+    "cron", ["", "never", "* * * *", "61 * * * *", "@every", "@every 0s", "@every soon", "@sometimes", 5]
+)
 def test_bad_expressions_are_a_value_error_that_names_them(cron: Any) -> None:
     seen: list[str] = []
 
     def body(flow: Any) -> None:
-        with pytest.raises(ValueError) as info:  # noqa: PT011
+        with pytest.raises(ValueError) as info:
             flow.schedule(cron)
         seen.append(str(info.value))
 

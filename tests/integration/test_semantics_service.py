@@ -226,7 +226,9 @@ def test_a_restart_delay_survives_the_server() -> None:
         ("tb", "keep", "keep"),
     ],
 )
-def test_prefix_is_kept_if_base_path_occurs_in_the_command_else_stripped(command: str, prefix: str | None, kept: str) -> None:
+def test_prefix_is_kept_if_base_path_occurs_in_the_command_else_stripped(
+    command: str, prefix: str | None, kept: str
+) -> None:
     assert ServiceWork(command, prefix=prefix)._options["prefix"] == kept
 
 
@@ -234,3 +236,15 @@ def test_prefix_is_kept_if_base_path_occurs_in_the_command_else_stripped(command
 def test_wrong_keywords_are_named(name: str, value: Any) -> None:
     with pytest.raises(StateTypeError, match=name):
         ServiceWork("serve", **{name: value})
+
+
+def test_another_declaration_begins_with_short_delays_again() -> None:
+    tester = started(run_for=0.5)
+    for _ in range(4):
+        tester.until(lambda: tester.flow.w.is_running)
+        tester.until(lambda: tester.flow.w.is_pending)
+    assert "restart in 8 s" in tester.flow.w.status.message
+    tester.set("which", "b")
+    tester.until(lambda: tester.flow.w.is_running)
+    tester.until(lambda: tester.flow.w.is_pending)
+    assert "restart in 1 s" in tester.flow.w.status.message

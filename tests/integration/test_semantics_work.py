@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from orch import BuildConfig, CloudCompute, Drive, Flow, ScriptWork, ServiceWork, Stage, Work
-from orch.engine import AgentPolled, SendDiffs
-from orch.errors import StateTypeError
+from orch.engine import AgentPolled, Pushed, SendDiffs
+from orch.errors import StaleEpoch, StateTypeError
 from orch.testing import AppTester
-from orch.wire import VarOps
+from orch.wire import Push, VarOps
 
 
 class Box(Flow):
@@ -66,8 +66,21 @@ def test_a_port_given_is_kept() -> None:
 
 def test_attributes_before_any_call() -> None:
     work = started(Box(), lambda flow: None).flow.w
-    assert (work.status.stage, work.status.reason, work.status.message, work.status.since) == ("not_started", None, "", None)
-    for name in ("has_started", "is_pending", "is_running", "has_succeeded", "has_failed", "has_stopped", "has_timeout"):
+    assert (work.status.stage, work.status.reason, work.status.message, work.status.since) == (
+        "not_started",
+        None,
+        "",
+        None,
+    )
+    for name in (
+        "has_started",
+        "is_pending",
+        "is_running",
+        "has_succeeded",
+        "has_failed",
+        "has_stopped",
+        "has_timeout",
+    ):
         assert getattr(work, name) is False, name
     assert (work.num_successes, work.num_timeouts, work.url, work.is_ready) == (0, 0, "", False)
     assert (work.exit_code, work.progress, work.metrics, work.files, work.last_lines) == (None, None, {}, [], [])
@@ -368,3 +381,16 @@ def test_readiness_survives_a_restart_of_the_server() -> None:
     assert tester.flow.w.is_ready
     assert tester.flow.w.url != ""
 
+
+def test_reports_of_a_stale_epoch_are_refused() -> None:
+    tester = started(Box(Python), run_for=None)
+    tester._epoch += 1
+    tester.work_sets("w", [{"op": "add", "path": "/rows/-", "value": "new"}])
+    tester.settle()
+    old = Push(agent="local", epoch=tester._epoch - 1, seq=99, items=[VarOps(work="w", ops=[OLD])])
+    with pytest.raises(StaleEpoch, match="replaced"):
+        tester._ask(lambda ticket: Pushed(ticket=ticket, push=old))
+    assert tester.flow.w.rows == ["new"]
+
+
+OLD = {"op": "add", "path": "/rows/-", "value": "old"}

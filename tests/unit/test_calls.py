@@ -22,7 +22,7 @@ def call(number: int = 1, *args: Any, **fields: Any) -> Call:
     return Call(id=call_id(1, "ui.w", number), work="ui.w", key=call_key(args, {}), args=args, **fields)
 
 
-# ---- transitions ---------------------------------------------------------------------------------------------------------
+# ---- transitions -----------------------------------------------------------------------------------------------------
 
 
 def test_the_table_knows_every_stage_that_a_call_can_have() -> None:
@@ -81,16 +81,21 @@ def test_public_is_json_and_shows_nothing_internal() -> None:
     shown = call(1, [1], {"a": None}, stage=Stage.FAILED, reason=Reason.TIMEOUT, fresh=True, due=5.0).public()
     assert msgspec.json.decode(msgspec.json.encode(shown)) == shown
     assert set(shown) == {
-        "id", "args", "kwargs", "stage", "reason", "message", "result", "exit_code", "attempt", "started_at", "finished_at",
+        "id", "args", "kwargs", "stage", "reason", "message", "result", "exit_code", "attempt", "started_at",
+        "finished_at",
     }  # fmt: skip
     assert (shown["stage"], shown["reason"]) == ("failed", "timeout")
 
 
-# ---- identity ------------------------------------------------------------------------------------------------------------
+# ---- identity --------------------------------------------------------------------------------------------------------
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=10,
 )
@@ -142,7 +147,7 @@ def test_a_calls_id_names_run_work_and_number(work: str) -> None:
     assert (work_of(made), number_of(made)) == (work, 345)
 
 
-# ---- the book ------------------------------------------------------------------------------------------------------------
+# ---- the book --------------------------------------------------------------------------------------------------------
 
 
 def book(*calls: Call, held: str | None = None) -> Book:

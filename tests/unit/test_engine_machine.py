@@ -133,7 +133,10 @@ class Lives(RuleBasedStateMachine):
     def job_writes(self, number: int, value: int) -> None:
         self.tester.work_sets(f"jobs.{number}", [{"op": "replace", "path": "/n", "value": value}])
 
-    @rule(name=st.sampled_from([*FIXED, "jobs.0", "jobs.1"]), what=st.sampled_from(["stop", "restart", "run", "run other"]))
+    @rule(
+        name=st.sampled_from([*FIXED, "jobs.0", "jobs.1"]),
+        what=st.sampled_from(["stop", "restart", "run", "run other"]),
+    )
     def rest(self, name: str, what: str) -> None:
         try:
             if what == "stop":

@@ -323,11 +323,8 @@ def test_errors_have_a_status_and_a_default_message() -> None:
 
 def test_the_import_is_light() -> None:
     code = (
-        "import sys, time; t = time.perf_counter(); import orch_drive; took = time.perf_counter() - t\n"
-        "from orch_drive import Drive; d = Drive('models'); d.to_state()\n"
-        "heavy = {'fsspec', 'msgspec', 'asyncio', 'boto3', 'orch'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "print(took)"
+        "import sys; from orch_drive import Drive; Drive('models').to_state()\n"
+        "print(sorted({'fsspec', 'msgspec', 'asyncio', 'boto3', 'orch'} & set(sys.modules)))"
     )
-    runs = [subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.02
+    run = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"

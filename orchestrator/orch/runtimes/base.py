@@ -26,5 +26,8 @@ class Runtime(Protocol):
     async def kill(self, handle: Handle) -> None:
         """End the agent itself, at once; the scripts' waiters are not its business."""
 
+    async def ended(self, handle: Handle, timeout: float) -> bool:
+        """True once the agent's process has ended; False if that takes longer than `timeout` seconds."""
+
     async def adopt(self, handle: Handle) -> bool:
         """True if the handle's agent (this incarnation) is alive."""

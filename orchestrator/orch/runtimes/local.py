@@ -13,6 +13,7 @@ import msgspec
 
 from orch.errors import RuntimeLost
 from orch.paths import write_atomic
+from orch.processes import find, wait_gone
 from orch.runtimes.base import Handle
 from orch.wire import AgentSpec, encode
 
@@ -41,17 +42,7 @@ class LocalRuntime:
         ready = self.ready_file(spec.agent)
         ready.unlink(missing_ok=True)
         log = self._logs / f"agent-{spec.agent}.log"
-        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
-            # -P: the app's folder must not shadow the standard library of our own process.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "orch_workers", str(spec_file)],
-                cwd=spec.app_dir,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self._children[process.pid] = process
+        process = self._spawn(spec.app_dir, spec_file, log)
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT
         while True:
             handle = self._read(ready)
@@ -67,11 +58,36 @@ class LocalRuntime:
             # A file appears by rename; there is nothing portable to wait on.
             await asyncio.sleep(LOOK_EVERY)
 
+    def _spawn(self, app_dir: str, spec_file: Path, log: Path) -> subprocess.Popen[bytes]:
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+            # -P: the app's folder must not shadow the standard library of our own process.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "orch_workers", str(spec_file)],
+                cwd=app_dir,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self._children[process.pid] = process
+        return process
+
     async def poll(self, handle: Handle) -> str | None:
         child = self._children.get(handle["pid"])
         if child is not None and child.poll() is not None:
             return f"exited with code {child.returncode}"
         return None if await self.adopt(handle) else "its process is gone"
+
+    async def ended(self, handle: Handle, timeout: float) -> bool:
+        child = self._children.get(handle["pid"])
+        if child is not None:
+            try:
+                await asyncio.to_thread(child.wait, timeout)
+            except subprocess.TimeoutExpired:
+                return False
+            return True
+        agent = find(handle["pid"], handle.get("pid_start"), handle.get("boot_id"))
+        return agent is None or not await asyncio.to_thread(wait_gone, [agent], timeout)
 
     async def kill(self, handle: Handle) -> None:
         if await self.adopt(handle):
@@ -81,8 +97,6 @@ class LocalRuntime:
             await asyncio.to_thread(child.wait)
 
     async def adopt(self, handle: Handle) -> bool:
-        from orch.processes import find
-
         return find(handle["pid"], handle.get("pid_start"), handle.get("boot_id")) is not None
 
     def found(self, agent: str) -> Handle | None:
