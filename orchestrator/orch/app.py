@@ -37,21 +37,19 @@ class App:
 
         return find_component(self.root, name)
 
-    @property
     def works(self) -> list[Work]:
         """Every Work of the app."""
         if isinstance(self.root, Work):
             return [self.root]
         return self.root.works()
 
-    @property
     def named_works(self) -> list[tuple[str, Work]]:
-        return [(work.name, work) for work in self.works]
+        return [(work.name, work) for work in self.works()]
 
     @property
-    def flows(self) -> list[Flow]:
-        """Every Flow of the app, the root first."""
-        return [] if isinstance(self.root, Work) else list(self.root._flows_first())
+    def flows(self) -> dict[str, Flow]:
+        """Every Flow of the app by name, the root first."""
+        return {} if isinstance(self.root, Work) else {flow.name: flow for flow in self.root._flows_first()}
 
     def __repr__(self) -> str:
         return f"App({self.root!r}, name={self.name!r})"

@@ -16,8 +16,48 @@ from typing import Any
 
 import msgspec
 
-from orch.calls import RETRIED, Book, Call, Reason, Stage, call_key, json_arguments, number_of
+from orch.calls import RETRIED, Call, Reason, Stage, call_key, json_arguments, number_of
 from orch.errors import CallError, NotFound, OrchError, StaleEpoch, StateMismatch
+from orch.events import (
+    AgentFailed,
+    AgentPolled,
+    AgentUp,
+    ApiRequest,
+    AskCall,
+    Batch,
+    Event,
+    Exit,
+    FileEvent,
+    FilePublished,
+    ForgetWorks,
+    Frontends,
+    Hidden,
+    Instruction,
+    LaunchAgent,
+    Layout,
+    Note,
+    PassEnded,
+    Patch,
+    PlacedWorks,
+    PlaceWorks,
+    Pushed,
+    ReloadProgram,
+    Reply,
+    Rest,
+    RestartWork,
+    Revised,
+    RunMethod,
+    RunPass,
+    SendDiffs,
+    Shown,
+    StartAnswered,
+    StartCalls,
+    StopApp,
+    StopCalls,
+    StopWork,
+    Tick,
+)
+from orch.knowledge import KnownAgent, KnownWork
 from orch.program import PassInput, PassResult, Schedule
 from orch.schedule import following
 from orch.scripts import argument_error, split_arguments
@@ -31,7 +71,6 @@ from orch.wire import (
     ItemResult,
     Op,
     Place,
-    Placed,
     Progress,
     Published,
     Push,
@@ -39,49 +78,13 @@ from orch.wire import (
     Ready,
     StartCall,
     Started,
-    StartReply,
     StopCall,
     VarOps,
     WorkVars,
 )
-from orch.work import Status, WorkSpec, WorkView
+from orch.work import WorkSpec
 
-__all__ = [
-    "AgentFailed",
-    "AgentUp",
-    "ApiRequest",
-    "AskCall",
-    "Config",
-    "Engine",
-    "Event",
-    "Exit",
-    "FileEvent",
-    "FilePublished",
-    "Frontends",
-    "Hidden",
-    "Instruction",
-    "LaunchAgent",
-    "Layout",
-    "Note",
-    "PassEnded",
-    "Patch",
-    "PlaceWorks",
-    "PlacedWorks",
-    "Pushed",
-    "Reply",
-    "RestartWork",
-    "Revised",
-    "RunMethod",
-    "RunPass",
-    "SendDiffs",
-    "Shown",
-    "StartAnswered",
-    "StartCalls",
-    "StopApp",
-    "StopCalls",
-    "StopWork",
-    "Tick",
-]
+__all__ = ["NO_RECORD", "Config", "Engine"]
 
 NO_RECORD = ComponentRecord(module="", qualname="")
 SHOWN_CALLS = 20
@@ -92,211 +95,7 @@ OWN_PASSES = 100
 OWN_PAUSE = 0.1
 
 
-class Base(msgspec.Struct, frozen=True, kw_only=True):
-    pass
-
-
-# ---- events ----------------------------------------------------------------------------------------------------------
-
-
-class Event(Base, frozen=True, kw_only=True):
-    ticket: int = 0
-    """Answered by `Reply(ticket)` when not 0."""
-
-
-class Patch(Event, frozen=True, kw_only=True):
-    ops: list[Op]
-    cause: str
-    match: tuple[str, int] | None = None
-    known: bool = False
-    """The flow's objects have it already: it was written to them between passes (tests do that)."""
-
-
-class Pushed(Event, frozen=True, kw_only=True):
-    push: Push
-
-
-class AskCall(Event, frozen=True, kw_only=True):
-    work: str
-    args: list[Any] = msgspec.field(default_factory=list)
-    kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
-
-
-class StopWork(Event, frozen=True, kw_only=True):
-    work: str
-
-
-class RestartWork(Event, frozen=True, kw_only=True):
-    work: str
-
-
-class StopApp(Event, frozen=True, kw_only=True):
-    message: str = ""
-    code: int = 0
-    kill: bool = False
-    """Do not wait for the works' grace."""
-
-
-class ApiRequest(Event, frozen=True, kw_only=True):
-    method: Any
-    """() -> value, run between passes."""
-
-
-class PassEnded(Event, frozen=True, kw_only=True):
-    result: PassResult
-
-
-class AgentUp(Event, frozen=True, kw_only=True):
-    """The runtime placed (or adopted) an agent and it answers."""
-
-    agent: str
-    epoch: int
-    status: AgentStatus
-
-
-class AgentFailed(Event, frozen=True, kw_only=True):
-    agent: str
-    message: str
-
-
-class PlacedWorks(Event, frozen=True, kw_only=True):
-    agent: str
-    placed: list[Placed]
-
-
-class StartAnswered(Event, frozen=True, kw_only=True):
-    replies: list[StartReply]
-    works: list[str]
-
-
-class AgentPolled(Event, frozen=True, kw_only=True):
-    agent: str
-    status: AgentStatus | None
-    """None: silent for longer than `Config.unknown_after`."""
-
-
-class Hidden(Event, frozen=True, kw_only=True):
-    """Pages' own servers, as the service declares them for the layout's frontends."""
-
-    specs: list[WorkSpec]
-
-
-class FilePublished(Event, frozen=True, kw_only=True):
-    """A Drive path was published or deleted by way of REST."""
-
-    drive: str
-    manifest: dict[str, Any]
-
-
-class Tick(Event, frozen=True, kw_only=True):
-    pass
-
-
-# ---- instructions ----------------------------------------------------------------------------------------------------
-
-
-class Instruction(Base, frozen=True, kw_only=True):
-    pass
-
-
-class Reply(Instruction, frozen=True, kw_only=True):
-    ticket: int
-    value: Any = None
-    error: BaseException | None = None
-
-
-class RunPass(Instruction, frozen=True, kw_only=True):
-    given: PassInput
-
-
-class RunMethod(Instruction, frozen=True, kw_only=True):
-    given: PassInput
-    method: Any
-
-
-class LaunchAgent(Instruction, frozen=True, kw_only=True):
-    agent: str
-
-
-class PlaceWorks(Instruction, frozen=True, kw_only=True):
-    agent: str
-    works: list[Place]
-
-
-class StartCalls(Instruction, frozen=True, kw_only=True):
-    agent: str
-    calls: list[StartCall]
-
-
-class StopCalls(Instruction, frozen=True, kw_only=True):
-    agent: str
-    calls: list[StopCall]
-
-
-class ForgetWorks(Instruction, frozen=True, kw_only=True):
-    agent: str
-    works: list[str]
-
-
-class SendDiffs(Instruction, frozen=True, kw_only=True):
-    agent: str
-    diffs: list[Diff]
-
-
-class Revised(Instruction, frozen=True, kw_only=True):
-    """A revision was accepted (for event streams and long polls)."""
-
-    rev: int
-    cause: str
-    at: float
-    ops: list[Op]
-
-
-class Shown(Instruction, frozen=True, kw_only=True):
-    """A work's stage as a line for the console and the event stream."""
-
-    work: str
-    stage: str
-    detail: str
-    hidden: bool = False
-
-
-class Layout(Instruction, frozen=True, kw_only=True):
-    tabs: list[dict[str, Any]]
-
-
-class Frontends(Instruction, frozen=True, kw_only=True):
-    frontends: dict[str, dict[str, Any]]
-
-
-class FileEvent(Instruction, frozen=True, kw_only=True):
-    """A Drive manifest was committed."""
-
-    drive: str
-    manifest: dict[str, Any]
-
-
-class Note(Instruction, frozen=True, kw_only=True):
-    level: str
-    text: str
-
-
-class Exit(Instruction, frozen=True, kw_only=True):
-    code: int
-    message: str
-    kill: bool = False
-
-
-class ReloadProgram(Instruction, frozen=True, kw_only=True):
-    """The flow's objects must take these values again (an API method raised); later diffs come with the next pass."""
-
-    tree: dict[str, Any]
-
-
-# ---- the engine ------------------------------------------------------------------------------------------------------
-
-
-class Config(Base, frozen=True, kw_only=True):
+class Config(msgspec.Struct, frozen=True, kw_only=True):
     app: str
     run: int
     base_url: str
@@ -311,95 +110,6 @@ class Config(Base, frozen=True, kw_only=True):
     """Raises when a secret's value is among what is to be stored: (value, where)."""
 
 
-class Batch(msgspec.Struct, kw_only=True):
-    """What has to be in the journal before the instructions are carried out."""
-
-    revisions: list[Revised]
-    facts: list[tuple[str, str, Any]]
-    durable: bool = False
-
-
-class _Work:
-    """A Work as the engine knows it."""
-
-    def __init__(self, spec: WorkSpec, run: int) -> None:
-        self.spec = spec
-        self.book = Book(spec.name, run, used=spec.used)
-        self.placed = False
-        self.placing = False
-        self.failed_to_place = ""
-        self.agent = ""
-        self.host = ""
-        self.port: int | None = spec.port
-        self.live = False
-        """The current call's attempt was handed to the agent and has not ended."""
-        self.ready = False
-        self.ready_at: float | None = None
-        self.stopping: str = ""
-        self.deaths = 0
-        self.since: float | None = None
-        self.exit_code: int | None = None
-        self.progress: float | None = None
-        self.metrics: dict[str, Any] = {}
-        self.files: list[dict[str, Any]] = []
-        self.num_successes = 0
-        self.num_timeouts = 0
-        self.shown: dict[str, Any] = {}
-
-    def status(self, base_url: str) -> dict[str, Any]:
-        call = self.book.shown
-        return {
-            "stage": str(call.stage) if call is not None else str(Stage.NOT_STARTED),
-            "reason": None if call is None or call.reason is None else str(call.reason),
-            "message": call.message if call is not None else self.failed_to_place,
-            "since": self.since,
-            "host": self.host,
-            "port": self.port if self.placed or self.spec.port else None,
-            "url": self.url(base_url),
-            "is_ready": self.ready,
-            "exit_code": self.exit_code,
-            "progress": self.progress,
-            "metrics": self.metrics,
-            "files": self.files,
-            "num_successes": self.num_successes,
-            "num_timeouts": self.num_timeouts,
-            "held": self.book.held is not None,
-        }
-
-    def url(self, base_url: str) -> str:
-        return f"{base_url}/view/{self.spec.name}/" if self.ready else ""
-
-    def view(self, base_url: str) -> WorkView:
-        call = self.book.shown
-        status = Status() if call is None else Status(
-            stage=call.stage, reason=call.reason, message=call.message, since=self.since
-        )  # fmt: skip
-        return WorkView(
-            status=status,
-            book=self.book.view(),
-            host=self.host,
-            port=self.port if self.placed or self.spec.port else None,
-            url=self.url(base_url),
-            ready=self.ready,
-            exit_code=self.exit_code,
-            progress=self.progress,
-            metrics=dict(self.metrics),
-            files=tuple(self.files),
-            num_successes=self.num_successes,
-            num_timeouts=self.num_timeouts,
-        )
-
-
-class _Agent:
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.epoch = 0
-        self.up = False
-        self.launching = False
-        self.silent = False
-        self.acked = 0
-
-
 class Engine:
     """State machine of one run. Not thread-safe: one caller at a time."""
 
@@ -408,8 +118,8 @@ class Engine:
     ) -> None:
         self.config = config
         self.run = config.run
-        self.works: dict[str, _Work] = {}
-        self.agents: dict[str, _Agent] = {}
+        self.works: dict[str, KnownWork] = {}
+        self.agents: dict[str, KnownAgent] = {}
         self.stage = "starting"
         self.message = ""
         self.code = 0
@@ -420,7 +130,7 @@ class Engine:
         self.passes = 0
         self.pass_seconds = 0.0
         self._slow = False
-        self.hidden: dict[str, _Work] = {}
+        self.hidden: dict[str, KnownWork] = {}
 
         self._out: list[Instruction] = []
         self._revisions: list[Revised] = []
@@ -449,34 +159,34 @@ class Engine:
         tree["app"] = {"name": config.app, "run": config.run, "stage": self.stage, "message": ""}
         self.tree = StateTree(tree, rev, revs=revs)
         for spec in specs:
-            self._add_work(spec, _Work(spec, self.run))
+            self._add_work(spec, KnownWork(spec, self.run))
 
     @property
     def _alive(self) -> bool:
         return self.stage in ("starting", "running")
 
     # -- bookkeeping
-    def _add_work(self, spec: WorkSpec, work: _Work) -> None:
+    def _add_work(self, spec: WorkSpec, work: KnownWork) -> None:
         (self.hidden if spec.hidden else self.works)[spec.name] = work
         work.agent = self.config.agent_of(spec)
-        self.agents.setdefault(work.agent, _Agent(work.agent))
+        self.agents.setdefault(work.agent, KnownAgent(work.agent))
         self._touch(work)
 
-    def _all(self) -> list[_Work]:
+    def _all(self) -> list[KnownWork]:
         return [*self.works.values(), *self.hidden.values()]
 
-    def find(self, name: str) -> _Work:
+    def find(self, name: str) -> KnownWork:
         work = self.works.get(name) or self.works.get(name.removeprefix("root.")) or self.hidden.get(name)
         if work is None:
             raise NotFound(f"there is no work {name!r}", hint=f"works: {', '.join(self.works) or 'none'}")
         return work
 
-    def _touch(self, work: _Work) -> None:
+    def _touch(self, work: KnownWork) -> None:
         self._dirty[work.spec.name] = None
 
     def know_agent(self, agent: str, epoch: int) -> None:
         """The runtime has launched this incarnation: reports of older ones are refused from now on."""
-        known = self.agents.setdefault(agent, _Agent(agent))
+        known = self.agents.setdefault(agent, KnownAgent(agent))
         if known.epoch != epoch:
             known.epoch, known.acked = epoch, 0
             known.up = False
@@ -541,7 +251,7 @@ class Engine:
             work.book.touched.clear()
         self._dirty.clear()
 
-    def _show_calls(self, work: _Work) -> None:
+    def _show_calls(self, work: KnownWork) -> None:
         node = self.tree.get(work.spec.pointer)["calls"]
         at = f"{work.spec.pointer}/calls"
         for call_id in sorted(work.book.touched, key=lambda c: int(c.rsplit("-", 1)[1])):
@@ -632,7 +342,7 @@ class Engine:
         handlers: dict[type[Event], Callable[[Any, float], None]] = {
             Patch: self._patch,
             Pushed: self._pushed,
-            _Rest: self._pushed,
+            Rest: self._pushed,
             AskCall: self._ask_call,
             StopWork: self._stop_work,
             RestartWork: self._restart_work,
@@ -735,13 +445,13 @@ class Engine:
             if self._passing and self._alive:
                 # The rest of the push belongs behind the pass that a call's end has started.
                 rest = Push(agent=push.agent, epoch=push.epoch, seq=seq, items=push.items[i:])
-                self._deferred.appendleft(_Rest(ticket=event.ticket, push=rest, results=results))
+                self._deferred.appendleft(Rest(ticket=event.ticket, push=rest, results=results))
                 self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
                 return
             results.append(self._item(item, seq, now))
             agent.acked = seq
         self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
-        earlier = event.results if isinstance(event, _Rest) else []
+        earlier = event.results if isinstance(event, Rest) else []
         notable = [result for result in [*earlier, *results] if result.rev or result.error]
         self._answer(event, PushReply(acked=agent.acked, results=notable))
 
@@ -806,14 +516,14 @@ class Engine:
         self._fact("said", item.work, at)
         return False
 
-    def _current(self, work: _Work, call: str, attempt: int) -> Call | None:
+    def _current(self, work: KnownWork, call: str, attempt: int) -> Call | None:
         """The call that a report speaks of, if it is the one that the work is at."""
         if work.book.current != call:
             return None
         current = work.book.calls[call]
         return current if current.attempt == attempt else None
 
-    def _started(self, work: _Work, item: Started) -> None:
+    def _started(self, work: KnownWork, item: Started) -> None:
         call = self._current(work, item.call, item.attempt)
         if call is None or call.stage is Stage.RUNNING:
             return
@@ -823,12 +533,12 @@ class Engine:
         self._touch(work)
         self._wake()
 
-    def _ready(self, work: _Work, item: Ready) -> None:
+    def _ready(self, work: KnownWork, item: Ready) -> None:
         if self._current(work, item.call, item.attempt) is None or work.ready == item.ready:
             return
         self._be_ready(work, item.ready, item.at)
 
-    def _be_ready(self, work: _Work, ready: bool, at: float) -> None:
+    def _be_ready(self, work: KnownWork, ready: bool, at: float) -> None:
         if work.ready_at is not None and at - work.ready_at >= READY_LONG:
             work.deaths = 0
         work.ready = ready
@@ -836,7 +546,7 @@ class Engine:
         self._touch(work)
         self._wake()
 
-    def _progressed(self, work: _Work, item: Progress) -> None:
+    def _progressed(self, work: KnownWork, item: Progress) -> None:
         if work.book.current != item.call:
             return
         if item.progress is not None:
@@ -846,7 +556,7 @@ class Engine:
         self._touch(work)
         self._wake()
 
-    def _published(self, work: _Work, item: Published) -> None:
+    def _published(self, work: KnownWork, item: Published) -> None:
         self._emit(FileEvent(drive=item.drive, manifest=item.manifest))
         if item.manifest.get("partial"):
             return
@@ -869,7 +579,7 @@ class Engine:
         self._wake()
         self._answer(event)
 
-    def _ended(self, work: _Work, item: Ended, now: float) -> None:
+    def _ended(self, work: KnownWork, item: Ended, now: float) -> None:
         call = self._current(work, item.call, item.attempt)
         if call is None or call.done or (call.stage is Stage.PENDING and call.due is not None):
             return
@@ -916,24 +626,24 @@ class Engine:
         self._maybe_exit(now)
 
     @staticmethod
-    def _restarts(work: _Work, reason: Reason | None) -> bool:
+    def _restarts(work: KnownWork, reason: Reason | None) -> bool:
         if reason in (Reason.INFEASIBLE, Reason.BUILD_FAILED):
             return False
         return work.spec.restart == "always" or (work.spec.restart == "on_failure" and reason is not None)
 
-    def _succeed(self, work: _Work, call: Call, item: Ended) -> None:
+    def _succeed(self, work: KnownWork, call: Call, item: Ended) -> None:
         work.num_successes += 1
         if work.progress is not None:
             work.progress = 1.0
         self._end(work, call.move(Stage.SUCCEEDED, reason=None, message=item.message, result=item.result))
 
-    def _end(self, work: _Work, call: Call) -> None:
+    def _end(self, work: KnownWork, call: Call) -> None:
         fresh = not work.spec.cache_calls and work.spec.kind != "service"
         work.book.finish(call.replace(fresh=fresh))
         work.stopping = ""
 
     # -- starting and stopping calls
-    def _advance(self, work: _Work, now: float) -> None:
+    def _advance(self, work: KnownWork, now: float) -> None:
         """Start the next call of a free Work, or the next attempt of its current one."""
         if not self._alive:
             return
@@ -962,7 +672,7 @@ class Engine:
         self._touch(work)
         self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, launched)]))
 
-    def _start_message(self, work: _Work, call: Call) -> StartCall:
+    def _start_message(self, work: KnownWork, call: Call) -> StartCall:
         spec = work.spec
         args = list(call.args)
         if spec.kind != "python":
@@ -993,7 +703,7 @@ class Engine:
             sync_interval=spec.sync_interval,
         )
 
-    def _place(self, work: _Work) -> None:
+    def _place(self, work: KnownWork) -> None:
         if work.placing or work.placed:
             return
         work.placing = True
@@ -1005,7 +715,7 @@ class Engine:
             return
         self._emit(PlaceWorks(agent=agent.name, works=[self._place_message(work)]))
 
-    def _place_message(self, work: _Work) -> Place:
+    def _place_message(self, work: KnownWork) -> Place:
         values = {} if work.spec.hidden else self.tree.get(work.spec.pointer + "/vars")
         return Place(
             work=work.spec.name,
@@ -1017,7 +727,7 @@ class Engine:
             python=work.spec.kind == "python",
         )
 
-    def _cancel(self, work: _Work, reason: Reason, now: float, *, kill: bool = False) -> None:
+    def _cancel(self, work: KnownWork, reason: Reason, now: float, *, kill: bool = False) -> None:
         """Stop the current call and drop the waiting ones."""
         book = work.book
         self._touch(work)
@@ -1066,16 +776,16 @@ class Engine:
         self._answer(event, self.describe(work))
 
     @staticmethod
-    def _caches(work: _Work) -> bool:
+    def _caches(work: KnownWork) -> bool:
         return work.spec.cache_calls and work.spec.kind != "service"
 
     @staticmethod
-    def _bad_arguments(work: _Work, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _bad_arguments(work: KnownWork, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         if work.spec.kind == "python":
             return ""
         return argument_error(args, kwargs)
 
-    def _refuse_when_ending(self, work: _Work) -> None:
+    def _refuse_when_ending(self, work: KnownWork) -> None:
         if not self._alive:
             raise CallError(f"{work.spec.name}: the app is {self.stage}, no call can be started")
 
@@ -1097,7 +807,7 @@ class Engine:
         self._revise([], "api", now)
         self._answer(event, self.describe(work))
 
-    def _restart(self, work: _Work, now: float) -> None:
+    def _restart(self, work: KnownWork, now: float) -> None:
         book = work.book
         latest = book.calls[book.queue[-1]] if book.queue else book.shown
         if latest is None:  # (a pass has checked it before)
@@ -1208,7 +918,7 @@ class Engine:
         for name in result.removed:
             self._remove_work(name, now)
         for spec in result.created:
-            self._add_work(spec, _Work(spec, self.run))
+            self._add_work(spec, KnownWork(spec, self.run))
         for name, record in result.records.items():
             self._fact("component", name, record)
         for key, schedule in result.schedules.items():
@@ -1236,9 +946,9 @@ class Engine:
             self._fail_app(f"{call.work} failed: {call.message}", now)
         return rev
 
-    def _asks(self, result: PassResult, now: float) -> tuple[list[_Work], list[Call]]:
+    def _asks(self, result: PassResult, now: float) -> tuple[list[KnownWork], list[Call]]:
         """Takes the wishes up. Returns the works that were asked, and the calls whose failure fails the app."""
-        asked: list[_Work] = []
+        asked: list[KnownWork] = []
         unfit: list[Call] = []
         for ask in result.asks if self._alive else []:
             work = self.works.get(ask.work)
@@ -1305,7 +1015,7 @@ class Engine:
 
     # -- agents
     def _agent_up(self, event: AgentUp, now: float) -> None:
-        agent = self.agents.setdefault(event.agent, _Agent(event.agent))
+        agent = self.agents.setdefault(event.agent, KnownAgent(event.agent))
         if event.epoch != agent.epoch:
             agent.epoch, agent.acked = event.epoch, 0
         agent.up, agent.launching, agent.silent = True, False, False
@@ -1333,7 +1043,7 @@ class Engine:
                 self._advance(work, now)
         self._wake()
 
-    def _resend(self, work: _Work, report: Any) -> None:
+    def _resend(self, work: KnownWork, report: Any) -> None:
         """The current attempt was to be started, but this agent knows nothing of it: the same request again."""
         call = work.book.calls[work.book.current] if work.book.current is not None else None
         if call is None or not work.live:
@@ -1388,7 +1098,7 @@ class Engine:
                 self._resend(work, None)
             self._advance(work, now)
 
-    def _place_failed(self, work: _Work, message: str, now: float) -> None:
+    def _place_failed(self, work: KnownWork, message: str, now: float) -> None:
         for waiting in [*work.book.queue, *([work.book.current] if work.book.current else [])]:
             call = work.book.calls[waiting]
             self._end(work, call.move(Stage.FAILED, reason=Reason.EXCEPTION, message=message, finished_at=now))
@@ -1435,7 +1145,7 @@ class Engine:
             if work.placed or work.placing:
                 self._emit(ForgetWorks(agent=work.agent, works=[name]))
         for spec in event.specs:
-            work = self.hidden.get(spec.name) or _Work(spec, self.run)
+            work = self.hidden.get(spec.name) or KnownWork(spec, self.run)
             fresh = spec.name not in self.hidden
             changed = work.spec.command != spec.command
             work.spec = spec
@@ -1571,14 +1281,14 @@ class Engine:
                 work.port = kept.get("port")
             self._touch(work)
         for name, value in facts.get("agent", {}).items():
-            agent = self.agents.setdefault(name, _Agent(name))
+            agent = self.agents.setdefault(name, KnownAgent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
         self._said = dict(facts.get("said", {}))
         for key, value in facts.get("schedule", {}).items():
             self.schedules[key] = msgspec.convert(value, Schedule)
 
     # -- reading
-    def describe(self, work: _Work) -> dict[str, Any]:
+    def describe(self, work: KnownWork) -> dict[str, Any]:
         """What REST shows of a Work: `status` and `calls` as in the tree."""
         calls = list(work.book.calls.values())[-SHOWN_CALLS:]
         status, shown = work.status(self.config.base_url), work.book.shown
@@ -1602,12 +1312,6 @@ class Engine:
             for work in self.works.values()
             if work.agent == agent
         }
-
-
-class _Rest(Pushed, frozen=True, kw_only=True):
-    """The part of a push that waits behind a pass, with the results of the part before it."""
-
-    results: list[ItemResult] = msgspec.field(default_factory=list)
 
 
 def _dotted(component: tuple[str, ...]) -> list[str]:

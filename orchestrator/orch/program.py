@@ -144,8 +144,6 @@ class Pass:
         service = work._declaration()["kind"] == "service"
         replaces = work._options["when_busy"] == "replace"
         if key in ask.new:
-            if replaces:
-                ask.new = {key: ask.new[key]}
             return ask.new[key]
         found = book.newest if service else book.latest.get(key)
         if found is not None and found.key == key and not self._again(work, ask, found, service):
@@ -228,6 +226,7 @@ class Program:
         self.root = root
         self.log_tail = log_tail or (lambda name: [])
         self.current: Pass | None = None
+        self.on_stray: Callable[[], None] | None = None
         self.stray: list[Op] = []
         """Changes made outside a pass (by a test): the engine takes them as a diff."""
         self.schedules: dict[str, Schedule] = {}
@@ -280,7 +279,12 @@ class Program:
 
     # -- what components report
     def record(self, op: Op) -> None:
-        (self.current.ops if self.current is not None else self.stray).append(op)
+        if self.current is not None:
+            self.current.ops.append(op)
+            return
+        self.stray.append(op)
+        if self.on_stray is not None:
+            self.on_stray()
 
     def _mine(self) -> Pass:
         if self.current is None:

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from orch import engine as e
+from orch import events as e
 from orch._version import __version__
+from orch.engine import NO_RECORD, Config, Engine
 from orch.errors import NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
 from orch.journal import Batch, Journal, Revision
 from orch.loader import load_app
@@ -173,7 +174,7 @@ class Service:
     _group: asyncio.TaskGroup
     journal: Journal
     program: Program
-    engine: e.Engine
+    engine: Engine
 
     # -- the life of a server -----------------------------------------------------------------------------------------
 
@@ -297,8 +298,15 @@ class Service:
     def _begin(self, app: Any, previous: Any) -> None:
         """Objects, tree, engine; the journal's run."""
         options = self.options
+        self.folder.claim(options.app_file, fresh=options.fresh)
         self.name = options.name or app.name or self.folder.root.name
         self.program = Program(app.root, log_tail=self._tail_of)
+        loop = asyncio.get_running_loop()
+
+        def stray() -> None:
+            loop.call_soon_threadsafe(self._take_stray)
+
+        self.program.on_stray = stray
         meta = {
             "app": self.name,
             "app_file": str(options.app_file),
@@ -329,7 +337,7 @@ class Service:
         self._event_id = int(facts.get("event", {}).get("reserved", 0)) if facts else 0
         self._event_reserved = self._event_id
         self._bind_drive()
-        config = e.Config(
+        config = Config(
             app=self.name,
             run=self.run,
             base_url=self.url,
@@ -339,7 +347,7 @@ class Service:
             page_secrets={"ORCH_FLOW_TOKEN": self.token},
             redact=self._refuse_secrets if self._secrets else None,
         )
-        self.engine = e.Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
+        self.engine = Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
         if previous is not None:
             self.engine.restore(facts, clean=clean)
         self._routes = [self._api_route(flow, route) for flow, route in self.program.api_routes()]
@@ -563,6 +571,12 @@ class Service:
         self.console.warn(
             f"a pass has not ended for {SLOW_PASS:.0f} s{where}: run() must not wait or loop, Works do that"
         )
+
+    def _take_stray(self) -> None:
+        """A thread of the user's own has written state between passes: the objects have it, the tree follows."""
+        ops, self.program.stray = self.program.stray, []
+        if ops:
+            self._put(e.Patch(ops=ops, cause="flow", known=True))
 
     def _pass_over(self, event: e.Event, slow: asyncio.TimerHandle) -> None:
         slow.cancel()
@@ -804,7 +818,7 @@ class Service:
                     name=f"_{component}",
                     pointer="",
                     kind="service",
-                    record=e.NO_RECORD,
+                    record=NO_RECORD,
                     hidden=True,
                     parallel=True,
                     when_busy="replace",

@@ -22,12 +22,12 @@ import msgspec
 
 from orch.calls import Call
 from orch.component import decode_argument, short_name
-from orch.engine import (
+from orch.engine import Config, Engine
+from orch.errors import OrchError
+from orch.events import (
     AgentUp,
     ApiRequest,
     AskCall,
-    Config,
-    Engine,
     Event,
     Exit,
     ForgetWorks,
@@ -50,7 +50,6 @@ from orch.engine import (
     StopWork,
     Tick,
 )
-from orch.errors import OrchError
 from orch.flow import Flow
 from orch.program import Program
 from orch.wire import (

@@ -245,7 +245,6 @@ class Ended(Message, tag="ended", frozen=True, kw_only=True):
     message: str = ""
     traceback: str = ""
     result: Any = None
-    last_lines: list[str] = msgspec.field(default_factory=list)
 
 
 class Progress(Message, tag="progress", frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="the browser tests need playwright: pip install -e '.[dev]'")
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ARGUMENTS = [
     "--no-sandbox",
@@ -22,8 +22,10 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 LOCAL = {"127.0.0.1", "localhost"}
-PATIENCE = 15_000
+PATIENCE = 30_000
 """Milliseconds that the browser waits for what a test expects, unless it says otherwise."""
+
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

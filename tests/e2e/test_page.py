@@ -149,8 +149,9 @@ def test_a_conflict_is_shown_and_the_page_goes_on(
     wait_until(lambda: server.value("/flows/ui/vars/waiting"), 5, what="the click is being handled")
     server.set("/flows/ui/vars/x", 70)
     (tmp_path / "go").touch()
-    expect(page.get_by_text("Changed elsewhere, please repeat").first).to_be_visible()
+    expect(page.get_by_text("Changed elsewhere, please repeat")).to_be_visible()
     expect(page.get_by_text("x is 70,")).to_be_visible()
+    expect(page.get_by_text("Changed elsewhere, please repeat")).to_be_visible()
     page.get_by_role("button", name="Slow").click()
     expect(page.get_by_text("x is 71,")).to_be_visible()
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from orch import Flow, ScriptWork, Work
-from orch.engine import Patch
 from orch.errors import StateForbidden, StateMismatch, StatePathError, StateTestFailed, StateTypeError
+from orch.events import Patch
 from orch.state import apply_ops
 from orch.testing import AppTester
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from orch import Call, CloudCompute, Drive, Flow, ScriptWork, Stage, Work
-from orch.engine import AskCall, StopApp
 from orch.errors import CallError, StateTypeError
+from orch.events import AskCall, StopApp
 from orch.testing import AppTester
+from orch.wire import Ended
 
 
 class Python(Work):
@@ -919,3 +920,35 @@ def test_post_run_with_arguments_that_cannot_be_used_is_refused() -> None:
         tester.run_work("w", "'x")
     assert tester.calls("w") == []
     assert tester.exit_code is None
+
+
+def test_of_several_asked_in_turns_the_last_counts() -> None:
+    options = {"parallel": True, "when_busy": "replace"}
+    tester = started(lambda flow: [flow.w.run(x) for x in "aba"] and None, options, run_for=None)
+    tester.advance(10)
+    assert [call.args for call in tester.calls("w")] == [("a",)]
+    tester.flow._body = lambda flow: [flow.w.run(x) for x in "bab"] and None
+    tester.set("flag", True)
+    tester.advance(10)
+    assert [start.args for start in tester.fake("w").starts] == [["a"], ["b"]]
+
+
+def test_an_app_whose_first_pass_blocks_is_running() -> None:
+    tester = started(lambda flow: flow.w.run(), run_for=None)
+    assert tester.stage == tester.state["app"]["stage"] == "running"
+
+
+def test_an_end_that_is_told_twice_counts_once() -> None:
+    """As by a new agent that reads the exit record again."""
+    options = {"parallel": True, "timeout": 3.0, "retries": 1, "retry_delay": 60.0, "raise_exception": False}
+    tester = started(lambda flow: flow.w.run(), options, run_for=None)
+    tester.advance(30)
+    for _ in range(2):
+        tester._report(Ended(work="w", call="1-w-1", attempt=1, at=tester.now, reason="timeout"))
+        tester.advance(10)
+    assert tester.flow.w.num_timeouts == 1
+    tester.advance(14)
+    assert len(ids(tester)) == 2, "the retry was put off"
+    tester._report(Ended(work="w", call="1-w-1", attempt=1, at=tester.now))
+    tester.settle()
+    assert tester.flow.w.is_running

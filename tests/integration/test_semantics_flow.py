@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orch import App, BuildConfig, CloudCompute, Dict, Drive, Flow, List, ScriptWork, ServiceWork, Work
-from orch.engine import Patch
 from orch.errors import StateTooLarge, StateTypeError
+from orch.events import Patch
 from orch.testing import AppTester
 from orch.wire import Ended, VarOps
 
@@ -191,7 +191,7 @@ def test_a_wrong_value_assigned_later_is_refused_and_the_old_one_stays() -> None
     def body(flow: Any) -> None:
         with pytest.raises(StateTypeError, match=r"table\.b\[0\].*set"):
             flow.table = {"b": [{1}]}
-        with pytest.raises(StateTypeError, match="rows.*object"):
+        with pytest.raises(StateTypeError, match=r"rows.*object"):
             flow.rows.append(object())
 
     tester = started(Variables(), body)
@@ -516,7 +516,7 @@ def test_one_component_cannot_be_in_two_places() -> None:
             place()
     with pytest.raises(StateTypeError, match=r"already belongs to root"):
         flow.again = {"top": flow.top}
-    with pytest.raises(StateTypeError, match="belongs to root.empty"):
+    with pytest.raises(StateTypeError, match=r"belongs to root\.empty"):
         flow.other = flow.empty
     assert flow.top.name == "root.top"
 
@@ -571,7 +571,7 @@ def test_a_none_attribute_may_later_hold_a_work() -> None:
 
 def test_a_variable_that_is_not_none_cannot_become_a_child() -> None:
     tester = started(Growing())
-    with pytest.raises(StateTypeError, match="wanted.*state variable"):
+    with pytest.raises(StateTypeError, match=r"wanted.*state variable"):
         in_pass(tester, lambda flow: setattr(flow, "wanted", Leaf()))
 
 

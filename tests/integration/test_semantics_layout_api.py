@@ -9,8 +9,8 @@ import pytest
 from fastapi import HTTPException
 
 from orch import Delete, Flow, Get, Post, Put, ScriptWork, ServiceWork, StaticFrontend, StreamlitFrontend
-from orch.engine import ApiRequest
 from orch.errors import OrchError, UsageError
+from orch.events import ApiRequest
 from orch.program import Program
 from orch.testing import AppTester
 
@@ -337,7 +337,7 @@ def test_a_value_that_is_no_state_is_refused_without_failing_the_app() -> None:
     tester.settle()
     with pytest.raises(AttributeError, match="count"):
         tester.call_method(lambda: setattr(tester.flow, "count", object()))
-    with pytest.raises(OrchError, match="2 MiB|2.0 MiB"):
+    with pytest.raises(OrchError, match=r"2\.0 MiB"):
         tester.call_method(lambda: setattr(tester.flow, "log", ["x" * 2_100_000]))
     assert tester.flow.log == []
     assert tester.exit_code is None

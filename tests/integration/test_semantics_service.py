@@ -10,6 +10,7 @@ import pytest
 from orch import Flow, ServiceWork, Stage
 from orch.errors import StateTypeError
 from orch.testing import AppTester
+from orch.wire import Ended, Ready
 
 
 class Box(Flow):
@@ -248,3 +249,30 @@ def test_another_declaration_begins_with_short_delays_again() -> None:
     tester.until(lambda: tester.flow.w.is_running)
     tester.until(lambda: tester.flow.w.is_pending)
     assert "restart in 1 s" in tester.flow.w.status.message
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_caching_does_not_apply(cache: bool) -> None:
+    tester = started({"cache_calls": cache, "restart": "never"}, run_for=5.0)
+    tester.advance(10)
+    tester.set("count", 1)
+    tester.advance(10)
+    assert starts(tester) == [("1-w-1", 1)]
+    for which in "ba":  # what has succeeded before is started again when it is declared again
+        tester.set("which", which)
+        tester.advance(1)
+    assert starts(tester) == [("1-w-1", 1), ("1-w-2", 1), ("1-w-3", 1)]
+
+
+def test_late_news_of_an_earlier_attempt_is_not_taken_for_the_current_one() -> None:
+    tester = started(run_for=None, ready_after=None)
+    tester.kill("w")
+    tester.advance(2)
+    assert starts(tester) == [("1-w-1", 1), ("1-w-1", 2)]
+    for attempt, ready in ((1, False), (2, True)):
+        tester._report(Ready(work="w", call="1-w-1", attempt=attempt, at=tester.now))
+        tester.settle()
+        assert tester.flow.w.is_ready is ready
+    tester._report(Ended(work="w", call="1-w-1", attempt=1, at=tester.now))
+    tester.settle()
+    assert tester.flow.w.is_running

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from orch import BuildConfig, CloudCompute, Drive, Flow, ScriptWork, ServiceWork, Stage, Work
-from orch.engine import AgentPolled, Pushed, SendDiffs
 from orch.errors import StaleEpoch, StateTypeError
+from orch.events import AgentPolled, Pushed, SendDiffs
 from orch.testing import AppTester
 from orch.wire import Push, VarOps
 

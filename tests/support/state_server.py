@@ -71,6 +71,13 @@ class StateServer:
         self._ready.set()
         await self._stop.wait()
         await server.stop()
+        me = asyncio.current_task()
+        for task in [task for task in asyncio.all_tasks() if task is not me]:
+            task.cancel()
+            await asyncio.wait({task}, timeout=2)
+        await self._loop.shutdown_asyncgens()
+        for _ in range(20):  # closed transports let go of their sockets a few rounds later
+            await asyncio.sleep(0.005)
 
     # -- somebody else
     def patch_as_flow(self, *ops: Op, cause: str = "flow") -> int:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from orch import Call, Flow, List, ScriptWork, ServiceWork, Stage
-from orch.engine import AgentPolled, ApiRequest, ForgetWorks, Instruction, Patch
 from orch.errors import CallError, NotFound, OrchError
+from orch.events import AgentPolled, ApiRequest, ForgetWorks, Instruction, Patch
 from orch.program import Program
 from orch.state import apply_ops
 from orch.testing import AppTester

@@ -22,6 +22,9 @@ from orch_ui.watch import Watcher
 
 __all__ = ["load", "show"]
 
+CONFLICT = "orch: the last click met a conflict"
+REPEAT = "Changed elsewhere, please repeat."
+
 _watchers: dict[AppServer, Watcher] = {}
 _modules: dict[str, tuple[int, ModuleType]] = {}
 _lock = threading.Lock()
@@ -39,13 +42,17 @@ def show() -> None:
         st.error(str(error))
         return
     watcher.begin(context.session_id, run)
+    if not run.automatic:
+        st.session_state[CONFLICT] = False
     token = current_run.set(run)
     try:
         load(os.environ.get("ORCH_RENDER_FN", ""))(AppState())
-    except StateConflict as error:
-        # the toast outlives the rerun that the other one's change brings
-        st.toast(f"Changed elsewhere, please repeat. {error.hint}".strip(), icon="⚠️")
-        st.warning("Changed elsewhere, please repeat.")
+        if st.session_state[CONFLICT]:
+            st.warning(REPEAT)
+    except StateConflict:
+        # The other one's change runs the page again at once: the words stay until the user does something.
+        st.session_state[CONFLICT] = True
+        st.warning(REPEAT)
     except Exception as error:
         st.exception(error)
     finally:

@@ -66,7 +66,6 @@ TICK = 0.5
 STATE_FILE_INTERVAL = 0.1
 ACKNOWLEDGE_WITHIN = 2.0
 """Seconds that a script's PATCH waits for the flow before it is answered 202."""
-LAST_LINES = 20
 TAIL_BYTES = 64 * 1024
 SERVICE_PROBE = 0.05
 SLOW_SERVICE_PROBE = 0.1
@@ -815,7 +814,6 @@ class Agent:
             message=_redact(message, attempt.secrets),
             traceback=_redact(traceback, attempt.secrets),
             result=result if reason is None else None,
-            last_lines=[_redact(line, attempt.secrets) for line in attempt.parser.tail(LAST_LINES)],
         )
         self._note(attempt, ended=ended)
         attempt.stage = "ended"
@@ -918,6 +916,7 @@ class Agent:
             epoch=self.spec.epoch,
             call=start.call,
             cwd=str(cwd),
+            secrets=list(attempt.secrets),
         )
 
     # -- files ---------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class WorkOrder(Message, frozen=True, kw_only=True, omit_defaults=True):
     epoch: int
     call: str
     cwd: str
+    secrets: list[str] = msgspec.field(default_factory=list)
+    """Names of the environment variables whose values must not be written down."""
     args: list[Any] = msgspec.field(default_factory=list)
     kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
 

@@ -26,7 +26,7 @@ from urllib.parse import quote, urlsplit
 import msgspec
 
 from orch.component import decode_argument
-from orch.errors import OrchError
+from orch.errors import OrchError, StateTypeError
 from orch.paths import write_atomic
 from orch.state import to_json
 from orch.tracked import LEAVES, Vars
@@ -53,6 +53,7 @@ RETRY_MOST = 1.0
 def main(payload: dict[str, Any]) -> int:
     """Runs the ordered Work. Returns the exit code: 0, 1 after an exception, 143 after SIGTERM."""
     order = msgspec.convert(payload, WorkOrder)
+    secrets = _Secrets({name: os.environ[name] for name in order.secrets if os.environ.get(name)})
     outcome = Outcome(session=order.session)
     link: LiveLink | None = None
     work: Work | None = None
@@ -66,6 +67,7 @@ def main(payload: dict[str, Any]) -> int:
             link.start(work._vars)
             try:
                 result = _run(work, order)
+                secrets.refuse(result, f"the result of {order.work}.run()")
                 outcome = msgspec.structs.replace(outcome, result=result)
             except _Stopped:
                 raise
@@ -73,7 +75,7 @@ def main(payload: dict[str, Any]) -> int:
                 code = _exit_code(end)
             except BaseException as error:
                 code = 1
-                outcome = _failure(outcome, error)
+                outcome = _failure(outcome, error, secrets)
                 _hook(work.on_exception, error)
     except _Stopped:
         code = 128 + signal.SIGTERM
@@ -81,10 +83,12 @@ def main(payload: dict[str, Any]) -> int:
             _hook(work.on_exit)
     except BaseException as error:
         code = 1
-        outcome = _failure(outcome, error)
+        outcome = _failure(outcome, error, secrets)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it only takes as long as the agent does
     if link is not None:
-        outcome = msgspec.structs.replace(outcome, unsent=link.finish(FLUSH_WITHIN))
+        # The flow would refuse what holds a secret, but this goes through a file.
+        unsent = [batch for batch in link.finish(FLUSH_WITHIN) if secrets.held_by(batch) is None]
+        outcome = msgspec.structs.replace(outcome, unsent=unsent)
     write_atomic(Path(order.result_file), encode(outcome))
     return code
 
@@ -131,13 +135,41 @@ def _hook(hook: Callable[..., None], *args: Any) -> None:
         _show(error)
 
 
-def _failure(outcome: Outcome, error: BaseException) -> Outcome:
+def _failure(outcome: Outcome, error: BaseException, secrets: _Secrets) -> Outcome:
     _show(error)
     message = f"{type(error).__name__}: {error}"
     hint = error.hint if isinstance(error, OrchError) else ""
     return msgspec.structs.replace(
-        outcome, error=f"{message} ({hint})" if hint else message, traceback="".join(_trace(error))
+        outcome,
+        error=secrets.redacted(f"{message} ({hint})" if hint else message),
+        traceback=secrets.redacted("".join(_trace(error))),
     )
+
+
+class _Secrets:
+    """Environment whose values may be written nowhere, by name."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self._values = values
+
+    def held_by(self, value: Any) -> str | None:
+        """Name of the secret that is somewhere in it."""
+        text = encode(value)
+        return next((name for name, secret in self._values.items() if encode(secret)[1:-1] in text), None)
+
+    def refuse(self, value: Any, what: str) -> None:
+        """Raises StateTypeError naming the secret."""
+        name = self.held_by(value)
+        if name is not None:
+            raise StateTypeError(
+                f"{what} holds the value of the secret {name}",
+                hint="secrets reach works by environment only, they are never stored",
+            )
+
+    def redacted(self, text: str) -> str:
+        for name, secret in self._values.items():
+            text = text.replace(secret, f"<{name}>").replace(repr(secret)[1:-1], f"<{name}>")
+        return text
 
 
 def _show(error: BaseException) -> None:

@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from orch.cli.output import report_error
     from orch.cli.verbs import dispatch
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # `orch run >&-`: Python has none then
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

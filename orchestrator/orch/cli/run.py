@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
 def _serve(options: RunOptions, console: Console) -> int:
     folder = AppFolder(options.app_file.parent)
     with folder.lock():
-        folder.claim(options.app_file, fresh=options.fresh)
+        if not options.fresh:
+            folder.check_claim(options.app_file)
         from orch.service import serve
 
         return serve(options, folder, console)

@@ -1,0 +1,266 @@
+"""What the engine is told and what it answers: events, instructions, and what has to be journalled between. PURE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from orch.program import PassInput, PassResult
+from orch.wire import AgentStatus, Diff, ItemResult, Op, Place, Placed, Push, StartCall, StartReply, StopCall
+from orch.work import WorkSpec
+
+__all__ = [
+    "AgentFailed",
+    "AgentPolled",
+    "AgentUp",
+    "ApiRequest",
+    "AskCall",
+    "Batch",
+    "Event",
+    "Exit",
+    "FileEvent",
+    "FilePublished",
+    "ForgetWorks",
+    "Frontends",
+    "Hidden",
+    "Instruction",
+    "LaunchAgent",
+    "Layout",
+    "Note",
+    "PassEnded",
+    "Patch",
+    "PlaceWorks",
+    "PlacedWorks",
+    "Pushed",
+    "ReloadProgram",
+    "Reply",
+    "Rest",
+    "RestartWork",
+    "Revised",
+    "RunMethod",
+    "RunPass",
+    "SendDiffs",
+    "Shown",
+    "StartAnswered",
+    "StartCalls",
+    "StopApp",
+    "StopCalls",
+    "StopWork",
+    "Tick",
+]
+
+
+class Base(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+
+class Event(Base, frozen=True, kw_only=True):
+    ticket: int = 0
+    """Answered by `Reply(ticket)` when not 0."""
+
+
+class Patch(Event, frozen=True, kw_only=True):
+    ops: list[Op]
+    cause: str
+    match: tuple[str, int] | None = None
+    known: bool = False
+    """The flow's objects have it already: it was written to them between passes (tests do that)."""
+
+
+class Pushed(Event, frozen=True, kw_only=True):
+    push: Push
+
+
+class AskCall(Event, frozen=True, kw_only=True):
+    work: str
+    args: list[Any] = msgspec.field(default_factory=list)
+    kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class StopWork(Event, frozen=True, kw_only=True):
+    work: str
+
+
+class RestartWork(Event, frozen=True, kw_only=True):
+    work: str
+
+
+class StopApp(Event, frozen=True, kw_only=True):
+    message: str = ""
+    code: int = 0
+    kill: bool = False
+    """Do not wait for the works' grace."""
+
+
+class ApiRequest(Event, frozen=True, kw_only=True):
+    method: Any
+    """() -> value, run between passes."""
+
+
+class PassEnded(Event, frozen=True, kw_only=True):
+    result: PassResult
+
+
+class AgentUp(Event, frozen=True, kw_only=True):
+    """The runtime placed (or adopted) an agent and it answers."""
+
+    agent: str
+    epoch: int
+    status: AgentStatus
+
+
+class AgentFailed(Event, frozen=True, kw_only=True):
+    agent: str
+    message: str
+
+
+class PlacedWorks(Event, frozen=True, kw_only=True):
+    agent: str
+    placed: list[Placed]
+
+
+class StartAnswered(Event, frozen=True, kw_only=True):
+    replies: list[StartReply]
+    works: list[str]
+
+
+class AgentPolled(Event, frozen=True, kw_only=True):
+    agent: str
+    status: AgentStatus | None
+    """None: silent for longer than `Config.unknown_after`."""
+
+
+class Hidden(Event, frozen=True, kw_only=True):
+    """Pages' own servers, as the service declares them for the layout's frontends."""
+
+    specs: list[WorkSpec]
+
+
+class FilePublished(Event, frozen=True, kw_only=True):
+    """A Drive path was published or deleted by way of REST."""
+
+    drive: str
+    manifest: dict[str, Any]
+
+
+class Tick(Event, frozen=True, kw_only=True):
+    pass
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+
+class Instruction(Base, frozen=True, kw_only=True):
+    pass
+
+
+class Reply(Instruction, frozen=True, kw_only=True):
+    ticket: int
+    value: Any = None
+    error: BaseException | None = None
+
+
+class RunPass(Instruction, frozen=True, kw_only=True):
+    given: PassInput
+
+
+class RunMethod(Instruction, frozen=True, kw_only=True):
+    given: PassInput
+    method: Any
+
+
+class LaunchAgent(Instruction, frozen=True, kw_only=True):
+    agent: str
+
+
+class PlaceWorks(Instruction, frozen=True, kw_only=True):
+    agent: str
+    works: list[Place]
+
+
+class StartCalls(Instruction, frozen=True, kw_only=True):
+    agent: str
+    calls: list[StartCall]
+
+
+class StopCalls(Instruction, frozen=True, kw_only=True):
+    agent: str
+    calls: list[StopCall]
+
+
+class ForgetWorks(Instruction, frozen=True, kw_only=True):
+    agent: str
+    works: list[str]
+
+
+class SendDiffs(Instruction, frozen=True, kw_only=True):
+    agent: str
+    diffs: list[Diff]
+
+
+class Revised(Instruction, frozen=True, kw_only=True):
+    """A revision was accepted (for event streams and long polls)."""
+
+    rev: int
+    cause: str
+    at: float
+    ops: list[Op]
+
+
+class Shown(Instruction, frozen=True, kw_only=True):
+    """A work's stage as a line for the console and the event stream."""
+
+    work: str
+    stage: str
+    detail: str
+    hidden: bool = False
+
+
+class Layout(Instruction, frozen=True, kw_only=True):
+    tabs: list[dict[str, Any]]
+
+
+class Frontends(Instruction, frozen=True, kw_only=True):
+    frontends: dict[str, dict[str, Any]]
+
+
+class FileEvent(Instruction, frozen=True, kw_only=True):
+    """A Drive manifest was committed."""
+
+    drive: str
+    manifest: dict[str, Any]
+
+
+class Note(Instruction, frozen=True, kw_only=True):
+    level: str
+    text: str
+
+
+class Exit(Instruction, frozen=True, kw_only=True):
+    code: int
+    message: str
+    kill: bool = False
+
+
+class ReloadProgram(Instruction, frozen=True, kw_only=True):
+    """The flow's objects must take these values again (an API method raised); later diffs come with the next pass."""
+
+    tree: dict[str, Any]
+
+
+class Rest(Pushed, frozen=True, kw_only=True):
+    """The part of a push that waits behind a pass, with the results of the part before it."""
+
+    results: list[ItemResult] = msgspec.field(default_factory=list)
+
+
+class Batch(msgspec.Struct, kw_only=True):
+    """What has to be in the journal before the instructions are carried out."""
+
+    revisions: list[Revised]
+    facts: list[tuple[str, str, Any]]
+    durable: bool = False

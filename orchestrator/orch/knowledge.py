@@ -1,0 +1,91 @@
+"""What the engine knows of a Work and of an agent. PURE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orch.calls import Book, Stage
+from orch.work import Status, WorkSpec, WorkView
+
+__all__ = ["KnownAgent", "KnownWork"]
+
+
+class KnownWork:
+    """A Work as the engine knows it."""
+
+    def __init__(self, spec: WorkSpec, run: int) -> None:
+        self.spec = spec
+        self.book = Book(spec.name, run, used=spec.used)
+        self.placed = False
+        self.placing = False
+        self.failed_to_place = ""
+        self.agent = ""
+        self.host = ""
+        self.port: int | None = spec.port
+        self.live = False
+        """The current call's attempt was handed to the agent and has not ended."""
+        self.ready = False
+        self.ready_at: float | None = None
+        self.stopping: str = ""
+        self.deaths = 0
+        self.since: float | None = None
+        self.exit_code: int | None = None
+        self.progress: float | None = None
+        self.metrics: dict[str, Any] = {}
+        self.files: list[dict[str, Any]] = []
+        self.num_successes = 0
+        self.num_timeouts = 0
+        self.shown: dict[str, Any] = {}
+
+    def status(self, base_url: str) -> dict[str, Any]:
+        call = self.book.shown
+        return {
+            "stage": str(call.stage) if call is not None else str(Stage.NOT_STARTED),
+            "reason": None if call is None or call.reason is None else str(call.reason),
+            "message": call.message if call is not None else self.failed_to_place,
+            "since": self.since,
+            "host": self.host,
+            "port": self.port if self.placed or self.spec.port else None,
+            "url": self.url(base_url),
+            "is_ready": self.ready,
+            "exit_code": self.exit_code,
+            "progress": self.progress,
+            "metrics": self.metrics,
+            "files": self.files,
+            "num_successes": self.num_successes,
+            "num_timeouts": self.num_timeouts,
+            "held": self.book.held is not None,
+        }
+
+    def url(self, base_url: str) -> str:
+        return f"{base_url}/view/{self.spec.name}/" if self.ready else ""
+
+    def view(self, base_url: str) -> WorkView:
+        call = self.book.shown
+        status = Status() if call is None else Status(
+            stage=call.stage, reason=call.reason, message=call.message, since=self.since
+        )  # fmt: skip
+        return WorkView(
+            status=status,
+            book=self.book.view(),
+            host=self.host,
+            port=self.port if self.placed or self.spec.port else None,
+            url=self.url(base_url),
+            ready=self.ready,
+            exit_code=self.exit_code,
+            progress=self.progress,
+            metrics=dict(self.metrics),
+            files=tuple(self.files),
+            num_successes=self.num_successes,
+            num_timeouts=self.num_timeouts,
+        )
+
+
+class KnownAgent:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.epoch = 0
+        self.up = False
+        self.launching = False
+        self.silent = False
+        self.acked = 0
