@@ -995,6 +995,9 @@ class Engine:
         self._own_at = now
         if self._own == OWN_PASSES:
             names = sorted({op["path"] for op in ops})
+            if names == self._own_names:
+                return
+            self._own_names = names
             self._emit(
                 Note(
                     level="warning",

@@ -13,13 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orch.errors import OrchError
 from orch.paths import AppFolder, FolderLock
 from orch.processes import Proc, boot_id, descendants, find, group_members, send, wait_gone
 
-__all__ = ["clear_records", "end_agents", "end_scripts", "take_down"]
+__all__ = ["clear_logs", "clear_records", "end_agents", "end_scripts", "take_down"]
 
 KILL_WAIT = 5.0
 """Seconds until a killed process must be gone."""
@@ -54,10 +55,12 @@ def end_agents(folder: AppFolder, say: Callable[[str], None], *, timeout: float 
 
 
 def end_scripts(folder: AppFolder, say: Callable[[str], None], *, grace: float = 10.0) -> int:
-    """End scripts that nobody watches any more, group and all. How many there were."""
-    return sum(
-        _end_script(path.name.removesuffix(".run.json"), record, say, grace) for path, record in folder.run_records()
-    )
+    """End scripts that nobody watches any more, group and all, at the same time. How many there were."""
+    found = [(path.name.removesuffix(".run.json"), record) for path, record in folder.run_records()]
+    if not found:
+        return 0
+    with ThreadPoolExecutor(min(len(found), 64), thread_name_prefix="orch-end") as pool:
+        return sum(pool.map(lambda each: _end_script(*each, say, grace), found))
 
 
 def clear_records(folder: AppFolder) -> None:
@@ -66,6 +69,14 @@ def clear_records(folder: AppFolder) -> None:
         shutil.rmtree(folder.run / name, ignore_errors=True)
     for path in folder.run.glob("agent-*"):
         path.unlink(missing_ok=True)
+
+
+def clear_logs(folder: AppFolder, before: int) -> None:
+    """Remove the logs of runs with a number below `before`: nothing else is known of them any more."""
+    for path in folder.logs.glob("*/*.log"):
+        run = path.name.partition("-")[0]
+        if run.isdigit() and int(run) < before:
+            path.unlink(missing_ok=True)
 
 
 def _hold(folder: AppFolder) -> FolderLock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 __all__ = ["LogTail", "last_lines"]
@@ -56,9 +57,13 @@ class LogTail:
         return found
 
 
+ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+"""Control sequences of terminals (ECMA-48 CSI and OSC): colours, cursor movements, titles."""
+
+
 def _shown(line: bytes) -> str:
     text = line.rstrip(b"\r").rpartition(b"\r")[2][:LINE]
-    return text.decode(errors="replace")
+    return ESCAPE.sub("", text.decode(errors="replace"))
 
 
 def last_lines(path: Path, count: int = 20) -> list[str]:

@@ -36,7 +36,8 @@ from orch import events as e
 from orch._version import __version__
 from orch.engine import NO_RECORD, Config, Engine
 from orch.errors import NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
-from orch.journal import Batch, Journal, Revision
+from orch.journal import KEPT_RUNS, Batch, Journal, Revision
+from orch.leftovers import clear_logs
 from orch.loader import load_app
 from orch.logtail import LogTail, last_lines
 from orch.paths import AppFolder, ServerInfo
@@ -319,6 +320,7 @@ class Service:
         clean = True
         if previous is None:
             self.run = self.journal.begin_run(meta)
+            self._pass_thread.submit(clear_logs, self.folder, self.run - KEPT_RUNS + 1)
         else:
             self.run = previous.run
             self._ask_secrets(previous.meta.get("secrets", []))

@@ -47,7 +47,7 @@ def show() -> None:
     token = current_run.set(run)
     try:
         load(os.environ.get("ORCH_RENDER_FN", ""))(AppState())
-        if st.session_state[CONFLICT]:
+        if st.session_state.get(CONFLICT):
             st.warning(REPEAT)
     except StateConflict:
         # The other one's change runs the page again at once: the words stay until the user does something.

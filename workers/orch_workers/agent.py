@@ -888,6 +888,8 @@ class Agent:
             HF_HUB_DISABLE_TELEMETRY="1",
             DO_NOT_TRACK="1",
         )
+        # Lightning draws its bar with rich where rich is installed, and rich draws none into a file unless told to.
+        env.setdefault("TTY_COMPATIBLE", "1")
         if start.prefix == "strip" and start.base_path:
             env["GRADIO_ROOT_PATH"] = start.base_path
         env.update({name: fill(value, values) for name, value in start.env.items()})
