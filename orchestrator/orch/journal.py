@@ -92,6 +92,11 @@ class RunInfo:
     how: str | None
     meta: dict[str, Any]
 
+    @property
+    def secrets(self) -> list[str]:
+        """Names of the secrets that its scripts had; their values are kept nowhere."""
+        return list(self.meta.get("secrets", ()))
+
 
 @dataclass(slots=True)
 class Loaded:

@@ -24,6 +24,8 @@ __all__ = ["clear_logs", "clear_records", "end_agents", "end_scripts", "take_dow
 
 KILL_WAIT = 5.0
 """Seconds until a killed process must be gone."""
+ROUNDS = 3
+"""A script may start a process while it is being ended: look again, that many times at most."""
 
 
 def take_down(folder: AppFolder, say: Callable[[str], None], *, timeout: float = 60.0, grace: float = 10.0) -> None:
@@ -38,14 +40,21 @@ def take_down(folder: AppFolder, say: Callable[[str], None], *, timeout: float =
     ended = _end_server(folder, say, timeout)
     with _hold(folder):
         ended += end_agents(folder, say, timeout=timeout)
-        ended += end_scripts(folder, say, grace=grace)
-        left = [
-            *(f"agent {path.stem}" for path, record in folder.agent_records() if _agent(record)),
-            *(f"script {path.name}" for path, record in folder.run_records() if _script(record)),
-        ]
+        for _ in range(ROUNDS):
+            ended += end_scripts(folder, say, grace=grace)
+            left = _left(folder)
+            if not left:
+                break
     if left:
         raise OrchError(f"could not be ended: {', '.join(left)}", hint="look at them with `ps`")
     say("nothing was running" if not ended else "all ended")
+
+
+def _left(folder: AppFolder) -> list[str]:
+    return [
+        *(f"agent {path.stem}" for path, record in folder.agent_records() if _agent(record)),
+        *(f"script {path.name.removesuffix('.run.json')}" for path, record in folder.run_records() if _script(record)),
+    ]
 
 
 def end_agents(folder: AppFolder, say: Callable[[str], None], *, timeout: float = 60.0) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["LogTail", "last_lines"]
+from orch.errors import NotFound
+
+__all__ = ["LogTail", "last_lines", "showable"]
 
 MOST = 256 * 1024
 """Bytes read at one look. A script that writes faster is followed at its end; the file holds everything."""
@@ -78,3 +81,22 @@ def last_lines(path: Path, count: int = 20) -> list[str]:
         return []
     shown = [_shown(line) for line in lines]
     return [line for line in shown if line and not line.startswith("# orch ")][-count:]
+
+
+def showable(paths: Sequence[Path], secrets: Mapping[int, Sequence[str]]) -> list[Path]:
+    """The log files that may be shown: not those of runs that had secrets (`secrets`: names by run number) which cannot
+    be taken out any more, as their values are kept nowhere. Raises NotFound if that leaves none of them."""
+    hidden = {path: names for path in paths if (names := secrets.get(_run_of(path)))}
+    if hidden and len(hidden) == len(paths):
+        path, names = list(hidden.items())[-1]
+        raise NotFound(
+            f"{path.name} is not shown: its run had the secrets {', '.join(names)}, whose values are not kept, so they "
+            "cannot be taken out of what the script said",
+            hint=f"read the file itself: {path}",
+        )
+    return [path for path in paths if path not in hidden]
+
+
+def _run_of(path: Path) -> int:
+    number = path.name.partition("-")[0]
+    return int(number) if number.isdigit() else 0

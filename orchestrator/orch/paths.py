@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -28,8 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 from orch.errors import UsageError
+
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 
 __all__ = ["AppFolder", "AppRunning", "FolderLock", "KnownApp", "ServerInfo", "known_apps", "write_atomic"]
 
@@ -153,9 +157,10 @@ class AppFolder:
             if not ignore.exists():
                 ignore.write_text("*\n")
         except OSError as error:
+            there = isinstance(error, FileExistsError)
             raise UsageError(
-                f"cannot write {error.filename or self.orch}: {error.strerror}",
-                hint="the app's folder must be writable",
+                f"cannot write {error.filename or self.orch}: {'it is no folder' if there else error.strerror}",
+                hint="move it away" if there else "the app's folder must be writable",
             ) from error
 
     # -- the server's life
@@ -220,6 +225,11 @@ class AppFolder:
         except KeyError as error:
             raise UsageError(f"{self._server} lacks {error}", hint="remove it") from error
 
+    def last_port(self) -> int | None:
+        """Where the last server served."""
+        info = self.read_server()
+        return None if info is None else urlsplit(info.url).port
+
     def write_server(self, info: ServerInfo) -> None:
         """Say where the app is served, here and in the list of known apps."""
         write_atomic(self._server, json.dumps(asdict(info), indent=1).encode())
@@ -231,8 +241,8 @@ class AppFolder:
     def token(self) -> str:
         """The app's token, made at the first call. Only this user can read its file."""
         with contextlib.suppress(FileNotFoundError):
-            text = self._token.read_text().strip()
-            if text:
+            text = self._token.read_bytes().decode("ascii", "replace").strip()
+            if _TOKEN.fullmatch(text):
                 if self._token.stat().st_mode & 0o077:
                     self._token.chmod(0o600)
                 return text

@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,9 +38,8 @@ from orch._version import __version__
 from orch.engine import NO_RECORD, Config, Engine
 from orch.errors import NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
 from orch.journal import KEPT_RUNS, Batch, Journal, Revision
-from orch.leftovers import clear_logs
 from orch.loader import load_app
-from orch.logtail import LogTail, last_lines
+from orch.logtail import LogTail, last_lines, showable
 from orch.paths import AppFolder, ServerInfo
 from orch.peer import HttpPeer
 from orch.program import Program
@@ -161,6 +161,8 @@ class Service:
         self._pass_ident = 0
         self.in_pass = False
         self._epochs: dict[str, int] = {}
+        self._earlier_secrets: dict[int, list[str]] = {}
+        """By run, whose values are not known any more."""
         self._exit_kill = False
         self._last_snapshot = 0.0
         self._routes: list[ApiRoute] = []
@@ -184,12 +186,12 @@ class Service:
         loop = asyncio.get_running_loop()
         self._exit, self._begun, self._first_pass = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._changed = loop.create_future()
-        sock = self._listen()
         self.journal = await self._journal(
             functools.partial(Journal.open, self.folder.state_db, durable=self.options.durable)
         )
         try:
             previous = self._choose_run()
+            sock = self._listen()
             self.console.step(f"loading {self.options.app_file.name}")
             agent_ready = asyncio.ensure_future(self._first_agent())
             await asyncio.sleep(0)  # the agent starts on the other core while app.py is imported
@@ -219,10 +221,14 @@ class Service:
     def _listen(self) -> socket.socket:
         """The port is ours, and known to the engine, before anything is served on it."""
         options = self.options
-        sock = bind_socket(options.host, options.port)
+        wanted = options.port
+        if self._cut_off and not options.port_given:
+            # Pages that are still open look for the app where it was.
+            wanted = self.folder.last_port() or wanted
+        sock = bind_socket(options.host, wanted)
         port = sock.getsockname()[1]
-        if options.port and port != options.port:
-            self.console.note(f"port {options.port} is taken, serving on {port}")
+        if wanted and port != wanted:
+            self.console.note(f"port {wanted} is taken, serving on {port}")
         self.url = f"http://{_shown_host(options.host)}:{port}"
         return sock
 
@@ -300,6 +306,8 @@ class Service:
         """Objects, tree, engine; the journal's run."""
         options = self.options
         self.folder.claim(options.app_file, fresh=options.fresh)
+        earlier = [run for run in self.journal.runs() if previous is None or run.run != previous.run]
+        self._earlier_secrets = {run.run: run.secrets for run in earlier}
         self.name = options.name or app.name or self.folder.root.name
         self.program = Program(app.root, log_tail=self._tail_of)
         loop = asyncio.get_running_loop()
@@ -320,7 +328,6 @@ class Service:
         clean = True
         if previous is None:
             self.run = self.journal.begin_run(meta)
-            self._pass_thread.submit(clear_logs, self.folder, self.run - KEPT_RUNS + 1)
         else:
             self.run = previous.run
             self._ask_secrets(previous.meta.get("secrets", []))
@@ -395,7 +402,13 @@ class Service:
         except RuntimeLost as error:
             self._put(e.AgentFailed(agent="local", message=_line(error)))
         await server.app()
+        await asyncio.to_thread(self._clear_logs)
         self.console.url(f"{self.url}/?token={self.token}")
+
+    def _clear_logs(self) -> None:
+        from orch.leftovers import clear_logs
+
+        clear_logs(self.folder, self.run - KEPT_RUNS + 1)
 
     def _install_signals(self, loop: asyncio.AbstractEventLoop) -> None:
         loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
@@ -534,7 +547,8 @@ class Service:
                 if not instruction.hidden:
                     self.console.work(instruction.work, instruction.stage, self.redacted(instruction.detail))
                 elif instruction.stage == "failed" or (instruction.stage == "pending" and instruction.detail):
-                    self.console.warn(f"page {instruction.work.removeprefix('_')}: {self.redacted(instruction.detail)}")
+                    page, detail = instruction.work.removeprefix("_"), self.redacted(instruction.detail)
+                    self.console.warn(f"page {page}: {detail}; `orch logs _{page}` tells more")
             case e.Layout(tabs=tabs):
                 self._publish("layout", {"tabs": tabs})
             case e.Frontends(frontends=frontends):
@@ -676,7 +690,12 @@ class Service:
             acked=self.engine.agents[agent].acked,
             works=self.engine.attach_vars(agent),
         )
-        status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
+        try:
+            status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
+        except (OSError, http.client.HTTPException) as error:
+            raise RuntimeLost(
+                f"the agent {agent} does not answer ({error})", hint=f"see {self.folder.logs / f'agent-{agent}.log'}"
+            ) from error
         if status != 200:
             raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
         known = decode(AgentStatus, body)
@@ -804,6 +823,7 @@ class Service:
         """Streamlit frontends as hidden services; static ones are served by this process."""
         self._pages = frontends
         specs = []
+        installed = find_spec("streamlit") is not None
         for component, key in frontends.items():
             if "streamlit" not in key:
                 continue
@@ -815,6 +835,10 @@ class Service:
             except ImportError as error:
                 self.console.warn(f"the page of {component} needs Streamlit ({error}): pip install 'orch[ui]'")
                 continue
+            if not installed:
+                self.console.warn(
+                    f"the page of {component} needs Streamlit, which is not installed: it comes with [ui]"
+                )
             specs.append(
                 WorkSpec(
                     name=f"_{component}",
@@ -825,7 +849,7 @@ class Service:
                     parallel=True,
                     when_busy="replace",
                     raise_exception=False,
-                    restart="always",
+                    restart="always" if installed else "never",
                     health=f"/view/{component}/_stcore/health",
                     prefix="keep",
                     command=command,
@@ -863,6 +887,10 @@ class Service:
         call = work.book.shown
         stage = str(call.stage) if call is not None else "not_started"
         message = self.redacted(call.message) if call is not None else work.failed_to_place
+        if stage == "stopped" and not message:
+            message = f"- `orch restart {component}` starts it again"
+        elif stage == "running" and not message:
+            message = f"- nothing answers on port {work.port} yet" if work.port else ""
         lines = self._tail_of(work.spec.name) if stage in ("failed", "pending", "running") else []
         title = work.spec.display_name or component
         return WaitingTarget(component, title, stage, message, lines)
@@ -956,8 +984,9 @@ class Service:
             path = folder / f"{call}.log"
             if not path.is_file() or path.parent != folder:
                 raise NotFound(f"{name} has no call {call!r} with a log")
-            return [path]
-        return sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+            return showable([path], self._earlier_secrets)
+        found = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+        return showable(found, self._earlier_secrets)
 
     def _tail_of(self, name: str) -> list[str]:
         work = self.engine.works.get(name) or self.engine.hidden.get(name)

@@ -337,13 +337,15 @@ class TrackedList(list[Any]):
                 children.append(_tracked(new, place.home))
         if len(children) == len(self) and all(map(_unchanged, self, children)):
             return
+        equal = same(self, news)  # equal elements that change places: the objects move, the value does not
         for old in self:
             if id(old) not in kept:
                 _detach(old)
         for at, child in enumerate(children):
             _adopt(child, self, at)
         super().__setitem__(slice(None), children)
-        place.report("replace", place.path, news)
+        if not equal:
+            place.report("replace", place.path, news)
 
     # -- copies are ordinary lists
 

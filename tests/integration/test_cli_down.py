@@ -8,14 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from orch.cli.down import take_down
 from orch.errors import OrchError
+from orch.leftovers import clear_logs, take_down
 from orch.paths import AppFolder
 from orch.processes import Proc, boot_id, descendants, find, send, wait_gone
 
@@ -67,7 +68,9 @@ def processes(folder: AppFolder) -> Path:
     return place
 
 
-def record_script(folder: AppFolder, process: subprocess.Popen[bytes], **changes: object) -> None:
+def record_script(
+    folder: AppFolder, process: subprocess.Popen[bytes], *, name: str = "1-trainer-1.1", **changes: object
+) -> None:
     record = {
         "pid": process.pid,
         "pid_start": start_of(process.pid),
@@ -76,7 +79,7 @@ def record_script(folder: AppFolder, process: subprocess.Popen[bytes], **changes
         "waiter_start": None,
         "boot_id": boot_id(),
     }
-    (processes(folder) / "1-trainer-1.1.run.json").write_text(json.dumps({**record, **changes}))
+    (processes(folder) / f"{name}.run.json").write_text(json.dumps({**record, **changes}))
 
 
 def test_nothing_to_do(folder: AppFolder, tmp_path: Path) -> None:
@@ -151,6 +154,20 @@ inner.stdout.readline()
 print(inner.pid, flush=True)
 inner.wait()
 """
+
+
+def test_several_are_ended_at_the_same_time(folder: AppFolder) -> None:
+    with child(STUBBORN) as one, child(STUBBORN) as two, child(STUBBORN) as three:
+        threads = []
+        for number, script in enumerate((one, two, three), 1):
+            record_script(folder, script, name=f"1-trainer-{number}.1")
+            threads.append(threading.Thread(target=reap, args=(script,)))
+            threads[-1].start()
+        began = time.monotonic()
+        take_down(folder, lambda line: None, grace=1.0)
+        assert time.monotonic() - began < 2.5
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
@@ -256,8 +273,8 @@ def test_an_agent_is_asked_and_killed_if_it_refuses(folder: AppFolder, token: st
 
 
 def test_what_cannot_be_ended_is_named(folder: AppFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orch.cli.down.send", lambda proc, number: False)
-    monkeypatch.setattr("orch.cli.down.KILL_WAIT", 0.1)
+    monkeypatch.setattr("orch.leftovers.send", lambda proc, number: False)
+    monkeypatch.setattr("orch.leftovers.KILL_WAIT", 0.1)
     with child(PATIENT) as script:
         record_script(folder, script)
         with pytest.raises(OrchError, match=r"could not be ended: script 1-trainer-1\.1"):
@@ -290,3 +307,15 @@ def test_waiting_has_an_end() -> None:
         proc = find(process.pid)
         assert proc is not None
         assert wait_gone([proc], 0.05) == [proc]
+
+
+def test_logs_of_forgotten_runs_go(folder: AppFolder) -> None:
+    logs = folder.logs / "ui.trainer"
+    logs.mkdir(parents=True)
+    for name in ("1-ui.trainer-1.log", "3-ui.trainer-1.log", "12-ui.trainer-1.log"):
+        (logs / name).touch()
+    (folder.logs / "agent-local.log").touch()
+    clear_logs(folder, 3)
+    assert {path.name for path in folder.logs.rglob("*.log")} == {
+        "3-ui.trainer-1.log", "12-ui.trainer-1.log", "agent-local.log",
+    }  # fmt: skip

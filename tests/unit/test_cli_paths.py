@@ -57,7 +57,7 @@ def test_create(folder: AppFolder) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / ".orch").touch()
-    with pytest.raises(UsageError, match=r"cannot write .*\.orch: File exists"):
+    with pytest.raises(UsageError, match=r"cannot write .*\.orch: it is no folder"):
         AppFolder(tmp_path).create()
 
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # `orch run >&-`: Python has none then
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w"))
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -63,7 +63,10 @@ class Console:
         with self._lock:
             if self._stages.get(name) == (stage, detail):
                 return
+            before, _ = self._stages.get(name, ("", ""))
             self._stages[name] = (stage, detail)
+        if (before, stage) == ("ready", "running"):
+            stage = "not ready"
         tail = f" ({detail})" if detail else ""
         self._write(self._out, f"{self._prefix(name)} {self._paint(stage, STAGE_STYLES.get(stage, ''))}{tail}")
 

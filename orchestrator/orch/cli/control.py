@@ -153,7 +153,8 @@ def dashboard(args: argparse.Namespace) -> int:
     try:
         return child.wait()
     except KeyboardInterrupt:
-        # It has had the same Ctrl-C.
+        # From a terminal it has had the same Ctrl-C.
+        child.terminate()
         child.wait()
         return 130
 
@@ -179,7 +180,7 @@ def down(args: argparse.Namespace) -> int:
             )
     else:
         folder = find_folder(args.app)
-    from orch.cli.down import take_down
+    from orch.leftovers import take_down
 
     take_down(folder, lambda line: note_line(line), timeout=args.timeout)
     return 0

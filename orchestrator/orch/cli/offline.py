@@ -10,6 +10,7 @@ from typing import Any
 from orch.cli.target import Target
 from orch.errors import NotFound
 from orch.journal import Journal, RunInfo
+from orch.logtail import showable
 from orch.paths import AppFolder
 from orch.processes import find
 
@@ -96,7 +97,7 @@ def fate(folder: AppFolder, call: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def log_files(folder: AppFolder, work: str, call: str | None = None) -> list[Path]:
-    """A work's log files, oldest first. Raises NotFound naming what there is."""
+    """A work's log files, oldest first. Raises NotFound naming what there is, or why it may not be shown."""
     place = folder.logs / work
     if not place.is_dir() or place.parent != folder.logs:
         there = sorted(path.name for path in folder.logs.iterdir() if path.is_dir()) if folder.logs.is_dir() else []
@@ -106,4 +107,14 @@ def log_files(folder: AppFolder, work: str, call: str | None = None) -> list[Pat
         files = [path for path in files if path.stem == call]
         if not files:
             raise NotFound(f"no log of call {call!r} in {place}", hint="`orch logs WORK` shows all calls")
-    return files
+    return showable(files, _secrets(folder))
+
+
+def _secrets(folder: AppFolder) -> dict[int, list[str]]:
+    if not folder.state_db.exists():
+        return {}
+    journal = Journal.open(folder.state_db, readonly=True)
+    try:
+        return {run.run: run.secrets for run in journal.runs()}
+    finally:
+        journal.close()

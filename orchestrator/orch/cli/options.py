@@ -29,7 +29,7 @@ class RunOptions:
     port: int = DEFAULT_PORT
     """The port to serve on, `DEFAULT_PORT` unless `--port` is given; 0 asks for a free one."""
     port_given: bool = False
-    """False: a free port may be taken when `port` is taken; True: that is an error."""
+    """Whether the user asked for it: a run that is resumed otherwise goes back to the port that it had."""
     allow_hosts: tuple[str, ...] = ()
     open: bool | None = None
     """Open a browser: True, False, or None for "only on a terminal"."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,9 @@ STAGE_STYLES = {
     "failed": "red",
     "not_started": "bright_black",
 }
+
+
+_DROPPED_FIRST = ("ATTEMPT", "CALL", "PUBLISHED", "PROGRESS", "VERSION", "URL", "SINCE", "OWNER", "REASON")
 
 
 def coloured(stream: Any) -> bool:
@@ -89,10 +93,12 @@ def _cell(value: Any) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table; `rows` are keyed by the lower-case column names. The column STAGE is coloured."""
+    """A rich table; `rows` are keyed by the lower-case column names. The column STAGE is coloured. Where the terminal
+    is too narrow for all, it has the columns that matter most; pipes and --json have them all."""
     from rich.table import Table
     from rich.text import Text
 
+    columns = _fitting(columns, rows, shutil.get_terminal_size().columns)
     made = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         made.add_column(column, overflow="fold")
@@ -103,6 +109,19 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(Text(text, style=STAGE_STYLES.get(text, "") if column == "STAGE" else ""))
         made.add_row(*cells)
     return made
+
+
+def _fitting(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], width: int) -> Sequence[str]:
+    def needs(column: str) -> int:
+        return max(len(text) for text in (column, *(_cell(row.get(column.lower())) for row in rows)))
+
+    columns = list(columns)
+    for column in _DROPPED_FIRST:
+        if sum(needs(name) + 1 for name in columns) - 1 <= width:
+            break
+        if column in columns:
+            columns.remove(column)
+    return columns
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -67,12 +67,32 @@ def run(args: argparse.Namespace) -> int:
         ready_fd = int(handed.pop("ready_fd"))
         os.set_inheritable(ready_fd, False)
         return _serve(_from_json(handed), Console(on_url=lambda url: _tell(ready_fd, url), ends_by="`orch stop`"))
+    _hide_secrets(args.secret)
     options = options_from(args)
     if options.dry_run:
         return _dry_run(options)
     if options.detach:
         return _detach(options)
     return _serve(options, Console(on_url=open_browser if wants_browser(options.open) else None))
+
+
+def _hide_secrets(words: list[str]) -> None:
+    """Start this command anew without the values of `--secret NAME=VALUE`: everybody on the machine may read a command
+    line, an environment only its user. Returns if there are none."""
+    given = [word for word in words if re.fullmatch(rf"{_VARIABLE.pattern}=.+", word, re.DOTALL)]
+    command = list(sys.orig_argv)
+    end = command.index("--") if "--" in command else len(command)
+    environ = dict(os.environ)
+    changed = False
+    for at, word in enumerate(command[:end]):
+        value = word.removeprefix("--secret=")
+        if value in given and (word != value or command[at - 1] == "--secret"):
+            name, _, environ[name] = value.partition("=")
+            command[at] = word.removesuffix(value) + name
+            changed = True
+    if changed:
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *command[1:]], environ)
 
 
 def _serve(options: RunOptions, console: Console) -> int:

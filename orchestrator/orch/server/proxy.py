@@ -376,7 +376,9 @@ class Proxy:
             await send(message)
 
         problem = Problem.plain(404, f"{scope['path']} is not among the files of {target.component}")
-        if scope["type"] == "http":
+        if not await asyncio.to_thread(target.folder.is_dir):
+            problem = Problem.plain(404, f"the folder {target.folder} of {target.component} does not exist")
+        elif scope["type"] == "http":
             files = StaticFiles(directory=target.folder, html=True, check_dir=False)
             inner = {**scope, "root_path": scope.get("root_path", "") + unquote(view), "app_root_path": ""}
             try:
