@@ -40,6 +40,7 @@ from orch.events import (
     Patch,
     PlacedWorks,
     PlaceWorks,
+    PollAgent,
     Pushed,
     ReloadProgram,
     Reply,
@@ -125,6 +126,8 @@ class Engine:
         self.code = 0
         self.layout: list[dict[str, Any]] = []
         self.schedules: dict[str, Schedule] = {}
+        self._kept_pages: dict[str, tuple[list[Call], Mapping[str, Any]]] = {}
+        """Of a resumed run: the pages' servers, until the first pass declares them."""
         self._said: dict[str, list[Any]] = {}
         """By work: call, attempt and number of its process's last change."""
         self.passes = 0
@@ -1057,6 +1060,7 @@ class Engine:
                 work.live = False
                 return
             self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, call)]))
+            self._emit(PollAgent(agent=work.agent))  # it may have it already, and say nothing about it any more
 
     def _reconcile(self, status: AgentStatus, now: float) -> None:
         """A poll's facts are the items' facts; those that were not seen yet take effect here."""
@@ -1067,10 +1071,13 @@ class Engine:
             call = self._current(work, report.call, report.attempt)
             if call is None or call.done:
                 continue
-            if call.stage is Stage.UNKNOWN and report.stage in ("running", "stopping"):
-                work.book.put(call.move(Stage.RUNNING, message=""))
+            if call.stage in (Stage.PENDING, Stage.UNKNOWN) and report.stage in ("running", "stopping"):
+                work.live = True
+                work.book.put(call.move(Stage.RUNNING, message="", started_at=call.started_at or now))
                 self._touch(work)
                 self._wake()
+            if report.ready and not work.ready:
+                self._be_ready(work, True, now)
 
     def _agent_failed(self, event: AgentFailed, now: float) -> None:
         agent = self.agents[event.agent]
@@ -1154,7 +1161,12 @@ class Engine:
             work.spec = spec
             if fresh:
                 self._add_work(spec, work)
-            if fresh or changed:
+                if spec.name in self._kept_pages:
+                    calls, kept = self._kept_pages.pop(spec.name)
+                    self._restore_work(work, calls, kept, clean=False)
+                    if work.live:
+                        self._place(work)
+            if changed or (fresh and work.book.current is None):
                 self._cancel(work, Reason.REPLACED, now)
                 work.book.add(work.book.new((), {}, now))
                 self._touch(work)
@@ -1258,37 +1270,41 @@ class Engine:
             call = msgspec.convert(value, Call)
             if call.work in self.works and number_of(call.id) > self.works[call.work].spec.used:
                 calls.setdefault(call.work, []).append(call)
+            elif call.work.startswith("_") and not clean:
+                calls.setdefault(call.work, []).append(call)
         for name, book_calls in calls.items():
-            work = self.works[name]
             kept = facts.get("work", {}).get(name) or {}
-            work.book.restore(book_calls, held=None if clean else kept.get("held_key"))
-            if clean:
-                for call in [call for call in work.book.calls.values() if not call.done]:
-                    stopped = call.move(Stage.STOPPED, reason=Reason.STOPPED, finished_at=call.started_at, due=None)
-                    work.book.finish(stopped)
-                work.book.forget_failures()
-            work.live = (
-                work.book.current is not None
-                and work.book.calls[work.book.current].due is None
-                and work.book.calls[work.book.current].attempt > 0
-            )
-            work.since = kept.get("since")
-            work.deaths = kept.get("deaths", 0)
-            work.num_successes = kept.get("num_successes", 0)
-            work.num_timeouts = kept.get("num_timeouts", 0)
-            work.exit_code = kept.get("exit_code")
-            work.files = kept.get("files", [])
-            work.metrics = kept.get("metrics", {})
-            work.progress = kept.get("progress")
-            if work.port is None and not clean:
-                work.port = kept.get("port")
-            self._touch(work)
+            if name in self.works:
+                self._restore_work(self.works[name], book_calls, kept, clean=clean)
+            else:
+                self._kept_pages[name] = (book_calls, kept)  # the layout declares it again in the first pass
         for name, value in facts.get("agent", {}).items():
             agent = self.agents.setdefault(name, KnownAgent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
         self._said = dict(facts.get("said", {}))
         for key, value in facts.get("schedule", {}).items():
             self.schedules[key] = msgspec.convert(value, Schedule)
+
+    def _restore_work(self, work: KnownWork, calls: list[Call], kept: Mapping[str, Any], *, clean: bool) -> None:
+        book = work.book
+        book.restore(calls, held=None if clean else kept.get("held_key"))
+        if clean:
+            for call in [call for call in book.calls.values() if not call.done]:
+                book.finish(call.move(Stage.STOPPED, reason=Reason.STOPPED, finished_at=call.started_at, due=None))
+            book.forget_failures()
+        current = None if book.current is None else book.calls[book.current]
+        work.live = current is not None and current.due is None and current.attempt > 0
+        work.since = kept.get("since")
+        work.deaths = kept.get("deaths", 0)
+        work.num_successes = kept.get("num_successes", 0)
+        work.num_timeouts = kept.get("num_timeouts", 0)
+        work.exit_code = kept.get("exit_code")
+        work.files = kept.get("files", [])
+        work.metrics = kept.get("metrics", {})
+        work.progress = kept.get("progress")
+        if work.port is None and not clean:
+            work.port = kept.get("port")
+        self._touch(work)
 
     # -- reading
     def describe(self, work: KnownWork) -> dict[str, Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "Patch",
     "PlaceWorks",
     "PlacedWorks",
+    "PollAgent",
     "Pushed",
     "ReloadProgram",
     "Reply",
@@ -195,6 +196,12 @@ class StopCalls(Instruction, frozen=True, kw_only=True):
 class ForgetWorks(Instruction, frozen=True, kw_only=True):
     agent: str
     works: list[str]
+
+
+class PollAgent(Instruction, frozen=True, kw_only=True):
+    """Ask the agent for its status soon."""
+
+    agent: str
 
 
 class SendDiffs(Instruction, frozen=True, kw_only=True):

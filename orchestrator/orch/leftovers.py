@@ -69,7 +69,7 @@ def end_scripts(folder: AppFolder, say: Callable[[str], None], *, grace: float =
     if not found:
         return 0
     with ThreadPoolExecutor(min(len(found), 64), thread_name_prefix="orch-end") as pool:
-        return sum(pool.map(lambda each: _end_script(*each, say, grace), found))
+        return sum(list(pool.map(lambda each: _end_script(each[0], each[1], say, grace), found)))
 
 
 def clear_records(folder: AppFolder) -> None:

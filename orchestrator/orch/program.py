@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -530,7 +531,7 @@ class Program:
             return PassResult(
                 how="error",
                 message=_describe(error),
-                traceback="".join(traceback.format_exception(error)),
+                traceback="".join(traceback.format_exception(_users(error))),
                 error=error,
                 seconds=perf_counter() - began,
             )
@@ -710,6 +711,14 @@ def _describe(error: BaseException) -> str:
     text = str(error)
     hint = f" - {error.hint}" if isinstance(error, OrchError) and error.hint else ""
     return f"{type(error).__name__}: {text}{where}{hint}"
+
+
+def _users(error: BaseException) -> BaseException:
+    """The error with a traceback that begins in the user's code, if any of it is the user's."""
+    here, frame = Path(__file__).parent, error.__traceback__
+    while frame is not None and here in Path(frame.tb_frame.f_code.co_filename).parents:
+        frame = frame.tb_next
+    return error if frame is None else error.with_traceback(frame)
 
 
 def _follow(tree: Any, pointer: str) -> Any:

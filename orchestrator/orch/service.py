@@ -120,6 +120,8 @@ class _Link:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     heard: float = 0.0
     attached: bool = False
+    ask: bool = False
+    """Its status is wanted although it pushes."""
     task: asyncio.Task[None] = field(init=False)
 
 
@@ -537,6 +539,8 @@ class Service:
                 self._send(agent, "place", works)
             case e.ForgetWorks(agent=agent, works=names):
                 self._send(agent, "forget", names)
+            case e.PollAgent(agent=agent):
+                self._link(agent).ask = True
             case e.LaunchAgent():
                 pass  # the local agent is started with the server
             case e.Shown():
@@ -773,8 +777,9 @@ class Service:
             await self._replace(link, gone)
             return
         silent = time.monotonic() - link.heard
-        if silent < POLL_EVERY:
+        if silent < POLL_EVERY and not link.ask:
             return
+        link.ask = False
         peer = peers.setdefault(link.agent, HttpPeer(timeout=2.0, name="orch-poll"))
         try:
             status, body = await peer.get(f"{link.handle['url']}/v1/status", link.handle["token"])

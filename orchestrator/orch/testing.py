@@ -25,6 +25,7 @@ from orch.component import decode_argument, short_name
 from orch.engine import Config, Engine
 from orch.errors import OrchError
 from orch.events import (
+    AgentPolled,
     AgentUp,
     ApiRequest,
     AskCall,
@@ -38,6 +39,7 @@ from orch.events import (
     Patch,
     PlacedWorks,
     PlaceWorks,
+    PollAgent,
     Pushed,
     ReloadProgram,
     Reply,
@@ -402,6 +404,9 @@ class AppTester:
                 for name in names:
                     forgotten = self.fake(name)
                     forgotten.current, forgotten.ready, forgotten.port = None, False, 0
+            case PollAgent(agent=agent):
+                status = self._agent_up(agent).status
+                self._queue.append(lambda: self._event(AgentPolled(agent=agent, status=status)))
             case Note(text=text):
                 self.notes.append(text)
             case Exit(code=code, message=message):

@@ -250,7 +250,9 @@ def test_a_resumed_run_asks_for_its_secrets(orch_app: Apps) -> None:
     assert app.interrupt() == 130
 
     # Afterwards nobody knows what to take out of its logs: they are not shown, neither here nor in a later run.
-    done = subprocess.run([*orch_command(), "logs", "again"], cwd=app.folder, env=app.env, capture_output=True, text=True)
+    done = subprocess.run(
+        [*orch_command(), "logs", "again"], cwd=app.folder, env=app.env, capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert "PASSWORD" in done.stderr
     assert ".orch/logs/again" in done.stderr

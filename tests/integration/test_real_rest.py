@@ -136,9 +136,7 @@ def check_conditions(rest: Rest) -> None:
     assert rest("GET", "/state/vars/d").headers["etag"] != below
     assert rest("PUT", "/state/vars/x", json=2, headers={"If-Match": tag}).status_code == 200
     problem(rest("PUT", "/state/vars/x", json=3, headers={"If-Match": tag}), 412)
-    problem(
-        rest.patch({"op": "replace", "path": "/vars/x", "value": 3}, headers={"If-Match": root}), 412
-    )
+    problem(rest.patch({"op": "replace", "path": "/vars/x", "value": 3}, headers={"If-Match": root}), 412)
     assert rest("GET", "/state/vars/x").json() == 2
     # An escaped pointer.
     assert rest("GET", "/state/vars/d/a~1b~0c").json() == 1

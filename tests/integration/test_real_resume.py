@@ -1,4 +1,4 @@
-"""What lives on, and how: kill -9 of the server, of the agent, of both; SIGHUP; --resume; an app file that has changed."""
+"""What lives on, and how: kill -9 of the server, the agent, both; SIGHUP; --resume; an app file that has changed."""
 
 from __future__ import annotations
 
@@ -245,7 +245,9 @@ def test_resume_and_a_changed_app(orch_app: Apps, app_folder: Callable[..., Path
 
     # Another app.py: what still exists keeps its value, the rest is said.
     changed = (folder / "app.py").read_text()
-    changed = changed.replace("self.gone = 1", "self.new = 'fresh'").replace("self.inner = 1", "self.inner = 1; self.more = 2")
+    changed = changed.replace("self.gone = 1", "self.new = 'fresh'").replace(
+        "self.inner = 1", "self.inner, self.more = 1, 2"
+    )
     (folder / "app.py").write_text(changed)
     said = len(app.output())
     app.start("--resume")

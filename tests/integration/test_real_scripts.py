@@ -112,8 +112,11 @@ def test_command_lines_and_environment(orch_app: Apps, app_folder: Callable[...,
     assert env["Q"] == "$HOME"
     assert app.work("placed")["status"]["port"] == port
     assert {name: env[name] for name in ("ORCH_WORK", "ORCH_CALL", "ORCH_ATTEMPT", "ORCH_BASE_PATH")} == {
-        "ORCH_WORK": "placed", "ORCH_CALL": calls["placed"]["id"], "ORCH_ATTEMPT": "1", "ORCH_BASE_PATH": "/view/placed",
-    }  # fmt: skip
+        "ORCH_WORK": "placed",
+        "ORCH_CALL": calls["placed"]["id"],
+        "ORCH_ATTEMPT": "1",
+        "ORCH_BASE_PATH": "/view/placed",
+    }
     assert env["ORCH_APP"] == app.get("/app")["name"]
     assert env["ORCH_HOST"] == env["HOST"] == "127.0.0.1"
     assert env["ORCH_PORT"] == env["PORT"] == str(port)
@@ -208,7 +211,7 @@ def test_ends_and_misbehaving_programs(orch_app: Apps) -> None:
     assert (attempts["slow"], attempts["third"], attempts["gone"], attempts["code"]) == (2, 3, 4, 1)
     assert app.work("slow")["status"]["num_timeouts"] == 2
     assert app.work("third")["status"]["num_successes"] == 1
-    assert app.state("/vars/seen/root.crash" if "root.crash" in app.state("/vars/seen") else "/vars/seen/crash")
+    app.wait_state("/vars/seen", lambda seen: "signal" in seen.values() and "timeout" in seen.values())
 
     # One log a call, one header line an attempt, in order, complete and private.
     log = app.log("third")
