@@ -54,13 +54,14 @@ def train(state: Any) -> None:
         st.error(f"Training failed ({training.get('reason')}): {message}")
         if lines:
             st.caption("Its last lines")
-            st.code("\n".join(lines), language=None, wrap_lines=True)
+            st.code("\n".join(lines[-10:]), language=None, wrap_lines=True)
     elif stage == "stopped":
         st.warning("Training was stopped.")
 
 
 def show_metrics(training: dict[str, Any]) -> None:
-    numbers = {name: value for name, value in training.get("metrics", {}).items() if isinstance(value, int | float)}
+    metrics = training.get("metrics", {})
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float) and name != "hp_metric"}
     if numbers:
         st.caption(" · ".join(f"{name} {value:.4g}" for name, value in sorted(numbers.items())))
 
