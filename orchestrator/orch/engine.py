@@ -463,8 +463,8 @@ class Engine:
             rev = self._report(item, seq, now)
         except OrchError as error:
             hint = f" - {error.hint}" if error.hint else ""
+            self._emit(Note(level="warning", text=f"{item.work}: a change was refused: {error.message}{hint}"))
             if isinstance(item, VarOps):
-                self._emit(Note(level="warning", text=f"{item.work}: a change was refused: {error.message}{hint}"))
                 self._emit(SendDiffs(agent=self._agent_of(item.work), diffs=[
                     Diff(work=item.work, rev=self.tree.rev, ops=[], seq=seq)
                 ]))  # fmt: skip
@@ -555,6 +555,8 @@ class Engine:
         if item.progress is not None:
             work.progress = item.progress
         if item.metrics:
+            if self.config.redact is not None:
+                self.config.redact(item.metrics, f"{work.spec.name}: metrics")
             work.metrics = {**work.metrics, **item.metrics}
         self._touch(work)
         self._wake()
@@ -636,8 +638,6 @@ class Engine:
 
     def _succeed(self, work: KnownWork, call: Call, item: Ended) -> None:
         work.num_successes += 1
-        if work.progress is not None:
-            work.progress = 1.0
         self._end(work, call.move(Stage.SUCCEEDED, reason=None, message=item.message, result=item.result))
 
     def _end(self, work: KnownWork, call: Call) -> None:

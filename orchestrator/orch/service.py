@@ -74,7 +74,6 @@ POLL_EVERY = 2.0
 UNKNOWN_AFTER = 10.0
 EVENTS_KEPT = 10_000
 EVENT_RESERVE = 100_000
-SNAPSHOT_EVERY = 10.0
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
 SLOW_PASS = 5.0
@@ -153,7 +152,6 @@ class Service:
         self._event_id = 0
         self._event_reserved = 0
         self._changed: asyncio.Future[None] | None = None
-        self._committing = False
         self._settled: asyncio.Future[None] | None = None
         self._pages: dict[str, dict[str, Any]] = {}
         self._tails: dict[str, LogTail] = {}
@@ -166,7 +164,6 @@ class Service:
         self._earlier_secrets: dict[int, list[str]] = {}
         """By run, whose values are not known any more."""
         self._exit_kill = False
-        self._last_snapshot = 0.0
         self._routes: list[ApiRoute] = []
         self._agent_tokens: dict[str, str] = {}
         self._work_tokens: dict[str, str] = {}
@@ -404,8 +401,8 @@ class Service:
         except RuntimeLost as error:
             self._put(e.AgentFailed(agent="local", message=_line(error)))
         await server.app()
-        await asyncio.to_thread(self._clear_logs)
         self.console.url(f"{self.url}/?token={self.token}")
+        await asyncio.to_thread(self._clear_logs)
 
     def _clear_logs(self) -> None:
         from orch.leftovers import clear_logs

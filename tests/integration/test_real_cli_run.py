@@ -226,7 +226,7 @@ def test_what_it_says(orch_app: Apps) -> None:
     app = orch_app(source, None, "--allow-host", "my.example", argv=("--flag", "--", "x y"))
     app.wait_state("/flows/child/works/deep/status/stage", lambda stage: stage == "succeeded")
     wait_until(lambda: re.search(r"child\.deep\s.*a line", app.output()), what=app.output)
-    assert f"{app.url}/?token={app.token}" in app.output()
+    wait_until(lambda: f"{app.url}/?token={app.token}" in app.output(), what=app.output)
     argv = app.state("/vars/argv")
     assert (Path(argv[0]).name, argv[1:]) == ("app.py", ["--flag", "--", "x y"])
     for host, status in (("my.example", 200), ("evil.example", 403), ("localhost:1", 200), ("[::1]:9", 200)):

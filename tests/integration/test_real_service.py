@@ -156,7 +156,12 @@ def check_services(app: RunningApp) -> None:
     assert again["pid"] != told["pid"]
     assert app.work("up")["calls"].keys() == calls.keys()
     app.set("/vars/words", ["two"])
-    wait_until(lambda: ready(app, "up") and page("up")["argv"] == ["two"], 15, what=lambda: f"replaced: {app.output()}")
+
+    def replaced() -> bool:
+        answer = app.request("GET", "/view/up/")
+        return answer.status_code == 200 and answer.json()["argv"] == ["two"]
+
+    wait_until(replaced, 15, what=lambda: f"replaced: {app.output()}")
     assert not psutil.pid_exists(again["pid"])
     latest = app.work("up")["call"]
     pid = page("up")["pid"]

@@ -105,7 +105,7 @@ def test_attributes_along_a_call() -> None:
     assert (work.progress, work.metrics) == (0.25, {"loss": 1.5, "acc": 2})
     tester.advance(10)
     assert work.has_succeeded
-    assert (work.exit_code, work.num_successes, work.progress) == (0, 1, 1.0)
+    assert (work.exit_code, work.num_successes, work.progress) == (0, 1, 0.25)  # kept until the next call
 
 
 def test_attributes_speak_of_the_current_call_and_are_kept_until_the_next_one_starts() -> None:
