@@ -243,7 +243,7 @@ def fleet(kind: str, count: int, target: float | None, predecessor: float | None
 
 
 def busy(app: RunningApp) -> int:
-    return sum(work["stage"] in ("pending", "running") for work in app.get("/works"))
+    return sum(work["status"]["stage"] in ("pending", "running") for work in app.get("/works"))
 
 
 def cpu_seconds(process: psutil.Process) -> float:
