@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -408,22 +407,6 @@ async def test_absolute_paths_of_a_page_lead_back_to_its_view(setup: Setup) -> N
     assert (await setup.http.get("/font-roboto/a.woff2")).status_code == 404
     evil = {"referer": "http://evil.example/view/work/"}
     assert (await setup.http.get("/font-roboto/a.woff2", headers=evil)).status_code == 404
-
-
-async def test_the_proxy_adds_little(setup: Setup) -> None:
-    async def median(client: httpx.AsyncClient, path: str) -> float:
-        times = []
-        for _ in range(60):
-            began = time.perf_counter()
-            await client.get(path)
-            times.append(time.perf_counter() - began)
-        return sorted(times)[30]
-
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{setup.upstream.port}", trust_env=False) as direct:
-        floor = await median(direct, "/x")
-    through = await median(setup.http, "/view/work/x")
-    # All three run in one thread here, and the machine may be busy: a generous multiple of what is promised.
-    assert through - floor < 0.02, f"{through * 1000:.1f} ms through the proxy, {floor * 1000:.1f} ms without"
 
 
 # ---- WebSocket -------------------------------------------------------------------------------------------------------
