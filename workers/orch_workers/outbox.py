@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
-import socket
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import msgspec
 
+from orch.peer import HttpPeer
 from orch.wire import PROTOCOL, Ended, Item, ItemResult, Progress, PushReply, Started, decode, encode
 
-__all__ = ["HttpPeer", "Outbox"]
+__all__ = ["Outbox"]
 
 log = logging.getLogger(__name__)
 
@@ -24,71 +22,6 @@ MAX_ITEMS = 500
 MAX_BYTES = 1 << 20
 RETRY_FIRST = 0.1
 RETRY_MOST = 2.0
-
-
-class HttpPeer:
-    """One kept-alive connection to an HTTP server, used by one request at a time.
-
-    The standard library's client in one thread: a third of the memory and half of the latency of an async client, and
-    the agent talks to one peer only."""
-
-    def __init__(self, timeout: float = 10.0) -> None:
-        self._timeout = timeout
-        self._connection: http.client.HTTPConnection | None = None
-        self._origin = ""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="orch-push")
-
-    async def post(self, url: str, body: bytes, token: str) -> tuple[int, bytes]:
-        """(status, body). Raises OSError or http.client.HTTPException."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._post, url, body, token)
-
-    def close(self) -> None:
-        """Break off a request that is under way; the peer cannot be used again."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
-            try:
-                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes the thread; close() alone would not
-            except OSError:
-                log.debug("the flow's connection was closed already")
-        self._thread.shutdown(wait=True)
-        if connection is not None:
-            connection.close()
-
-    def _post(self, url: str, body: bytes, token: str) -> tuple[int, bytes]:
-        parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc}"
-        if origin != self._origin and self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        self._origin = origin
-        reused = self._connection is not None and self._connection.sock is not None
-        try:
-            return self._exchange(parts.scheme, parts.netloc, parts.path, body, token)
-        except (OSError, http.client.HTTPException):
-            self._drop()
-            if not reused:
-                raise
-        # The server may have closed a connection that was idle: that says nothing about whether it is there.
-        try:
-            return self._exchange(parts.scheme, parts.netloc, parts.path, body, token)
-        except (OSError, http.client.HTTPException):
-            self._drop()
-            raise
-
-    def _exchange(self, scheme: str, netloc: str, path: str, body: bytes, token: str) -> tuple[int, bytes]:
-        if self._connection is None:
-            kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-            self._connection = kind(netloc, timeout=self._timeout)
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-        self._connection.request("POST", path, body, headers)
-        response = self._connection.getresponse()
-        return response.status, response.read()
-
-    def _drop(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
 
 
 @dataclass(slots=True)
