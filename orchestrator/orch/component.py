@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orch.compute import BuildConfig, CloudCompute
@@ -297,6 +297,3 @@ class Shadow:
 def reserved_names(cls: type) -> frozenset[str]:
     """orch's own public names: no state variable may take them."""
     return frozenset(name for name in dir(cls) if not name.startswith("_"))
-
-
-Report = Callable[[Op], None]

@@ -27,7 +27,7 @@ from orch.wire import ComponentRecord, Op
 from orch.work import Work, WorkSpec, WorkView
 from orch_drive.drive import FLOW_INDEX
 
-__all__ = ["Pass", "PassInput", "PassOver", "PassResult", "Program", "Schedule", "WorkAsk"]
+__all__ = ["Pass", "PassInput", "PassOver", "PassResult", "Program", "Schedule", "WorkAsk", "with_calls"]
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
@@ -731,5 +731,13 @@ def _natural(name: str) -> list[tuple[int, Any]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
-def names(specs: Iterable[WorkSpec]) -> list[str]:
-    return [spec.name for spec in specs]
+def with_calls(node: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """The new program's tree, with the works' calls as they were shown."""
+    for group in ("flows", "works", "structures"):
+        for name, child in node.get(group, {}).items():
+            old = kept.get(group, {}).get(name)
+            if old is not None:
+                node[group][name] = with_calls(child, old)
+    if "calls" in node and "calls" in kept:
+        node["calls"] = kept["calls"]
+    return node

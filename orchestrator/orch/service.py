@@ -42,7 +42,7 @@ from orch.loader import load_app
 from orch.logtail import LogTail, last_lines, showable
 from orch.paths import AppFolder, ServerInfo
 from orch.peer import HttpPeer
-from orch.program import Program
+from orch.program import Program, with_calls
 from orch.runtimes.base import Handle
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
@@ -338,7 +338,7 @@ class Service:
             records = facts.get("component", {})
             for line in self.program.restore(loaded.state, records, facts.get("call", {})):
                 self.console.note(line)
-            tree = _merged(self.program.node(), loaded.state)
+            tree = with_calls(self.program.node(), loaded.state)
             rev, revs = loaded.rev, msgspec.json.decode(loaded.tree.snapshot().revs)
         for kind, value in facts.get("token", {}).items():
             self._work_tokens[kind] = value
@@ -1185,15 +1185,3 @@ def _at(tree: Any, pointer: str) -> Any:
     from orch.state import StateTree
 
     return StateTree(tree).get(pointer) if isinstance(tree, dict) else tree
-
-
-def _merged(node: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-    """The new program's tree, with the works' calls as they were shown."""
-    for group in ("flows", "works", "structures"):
-        for name, child in node.get(group, {}).items():
-            old = kept.get(group, {}).get(name)
-            if old is not None:
-                node[group][name] = _merged(child, old)
-    if "calls" in node and "calls" in kept:
-        node["calls"] = kept["calls"]
-    return node

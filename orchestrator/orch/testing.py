@@ -53,7 +53,7 @@ from orch.events import (
     Tick,
 )
 from orch.flow import Flow
-from orch.program import Program
+from orch.program import Program, with_calls
 from orch.wire import (
     AgentStatus,
     Ended,
@@ -275,7 +275,7 @@ class AppTester:
         tree = msgspec.json.decode(msgspec.json.encode(self.engine.tree.root))
         program = Program(self._class(*decode_argument(self._record.args), **decode_argument(self._record.kwargs)))
         self.notes += program.restore(tree, self.facts.get("component", {}), self.facts.get("call", {}))
-        self._begin_server(program, _with_statuses(program.node(), tree), self.engine.tree.rev, clean=clean)
+        self._begin_server(program, with_calls(program.node(), tree), self.engine.tree.rev, clean=clean)
 
     # -- time
     def step(self) -> bool:
@@ -503,19 +503,3 @@ class AppTester:
             return
         fake.current, fake.ready = None, False
         self._report(Ended(work=fake.name, call=call.call, attempt=call.attempt, at=self.now, **how))
-
-
-def _with_statuses(node: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-    """The new program's tree, with the works' calls as they were shown."""
-    for group in ("flows", "works"):
-        for name, child in node.get(group, {}).items():
-            old = kept.get(group, {}).get(name)
-            if old is not None:
-                node[group][name] = _with_statuses(child, old)
-    for name, structure in node.get("structures", {}).items():
-        old = kept.get("structures", {}).get(name)
-        if old is not None:
-            node["structures"][name] = _with_statuses(structure, old)
-    if "calls" in node and "calls" in kept:
-        node["calls"] = kept["calls"]
-    return node
