@@ -78,6 +78,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     result: Any = None
     exit_code: int | None = None
     attempt: int = 0
+    restarts: int = 0
+    """Attempts that `on_lost="restart"` has given it: they are not counted as retries."""
     asked_at: float | None = None
     started_at: float | None = None
     finished_at: float | None = None

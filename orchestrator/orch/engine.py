@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from orch.calls import RETRIED, Call, Reason, Stage, call_key, json_arguments, number_of
+from orch.contact import UNKNOWN_AFTER, Contacts, lease_for
 from orch.errors import CallError, NotFound, OrchError, StaleEpoch, StateMismatch
 from orch.events import (
     AgentFailed,
@@ -43,6 +44,7 @@ from orch.events import (
     PollAgent,
     Pushed,
     ReloadProgram,
+    ReplaceAgent,
     Reply,
     Rest,
     RestartWork,
@@ -107,6 +109,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     secrets: Mapping[str, str] = msgspec.field(default_factory=dict)
     page_secrets: Mapping[str, str] = msgspec.field(default_factory=dict)
     """What the pages' own servers get besides."""
+    shared_records: bool = True
+    """A new incarnation of an agent finds what the one before has written down, wherever it is."""
     redact: Callable[[Any, str], None] | None = None
     """Raises when a secret's value is among what is to be stored: (value, where)."""
 
@@ -121,6 +125,7 @@ class Engine:
         self.run = config.run
         self.works: dict[str, KnownWork] = {}
         self.agents: dict[str, KnownAgent] = {}
+        self.contacts = Contacts()
         self.stage = "starting"
         self.message = ""
         self.code = 0
@@ -226,7 +231,15 @@ class Engine:
             status = work.status(self.config.base_url)
             if status != work.shown:
                 self._fact(
-                    "work", name, {**status, "deaths": work.deaths, "held_key": work.book.held, "live": work.live}
+                    "work",
+                    name,
+                    {
+                        **status,
+                        "deaths": work.deaths,
+                        "held_key": work.book.held,
+                        "live": work.live,
+                        "sent_epoch": work.sent_epoch,
+                    },
                 )
                 silent = stage_before is None and stage_now == Stage.NOT_STARTED
                 if not silent and (stage_before, work.shown.get("reason"), work.shown.get("is_ready")) != (
@@ -320,6 +333,8 @@ class Engine:
 
     def _dispatch(self, event: Event, now: float) -> None:
         ordered = isinstance(event, Patch | Pushed | AskCall | RestartWork | ApiRequest | StartAnswered)
+        if isinstance(event, Pushed) and not event.push.items:
+            ordered = False  # a heartbeat: leases do not wait for passes
         if isinstance(event, Pushed) and not self._alive:
             ordered = False  # an app that ends does not wait for a pass that may never end
         if isinstance(event, Patch) and event.known:
@@ -436,7 +451,7 @@ class Engine:
             raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
         if push.epoch > agent.epoch:
             agent.epoch, agent.acked = push.epoch, 0
-        agent.silent = False
+        self._heard(agent)
         results: list[ItemResult] = []
         for i, item in enumerate(push.items):
             seq = push.seq + i
@@ -453,7 +468,8 @@ class Engine:
                 return
             results.append(self._item(item, seq, now))
             agent.acked = seq
-        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+        if push.items:
+            self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
         earlier = event.results if isinstance(event, Rest) else []
         notable = [result for result in [*earlier, *results] if result.rev or result.error]
         self._answer(event, PushReply(acked=agent.acked, results=notable))
@@ -608,6 +624,8 @@ class Engine:
             else:
                 why = Reason(work.stopping) if work.stopping else (reason or Reason.STOPPED)
                 self._end(work, ended.move(Stage.STOPPED, reason=why, message=item.message))
+        elif item.cut and work.spec.on_lost == "restart":
+            self._start_again(work, ended, item.message, now)
         elif work.spec.kind == "service" and self._restarts(work, reason):
             delay = RESTART_DELAYS[min(work.deaths, len(RESTART_DELAYS) - 1)]
             work.deaths += 1
@@ -617,8 +635,8 @@ class Engine:
             work.book.put(ended.move(Stage.PENDING, reason=why, message=message, due=now + delay))
         elif reason is None:
             self._succeed(work, ended, item)
-        elif reason in RETRIED and call.attempt <= work.spec.retries and work.spec.kind != "service":
-            message = f"{item.message or reason}; retry {call.attempt} of {work.spec.retries}"
+        elif reason in RETRIED and self._retries(work, ended, cut=item.cut):
+            message = f"{item.message or reason}; retry {call.attempt - call.restarts} of {work.spec.retries}"
             due = now + work.spec.retry_delay
             work.book.put(ended.move(Stage.PENDING, reason=reason, message=message, due=due))
         else:
@@ -635,6 +653,18 @@ class Engine:
         if reason in (Reason.INFEASIBLE, Reason.BUILD_FAILED):
             return False
         return work.spec.restart == "always" or (work.spec.restart == "on_failure" and reason is not None)
+
+    @staticmethod
+    def _retries(work: KnownWork, call: Call, *, cut: bool) -> bool:
+        if work.spec.kind == "service" or (cut and work.spec.on_lost == "fail"):
+            return False
+        return call.attempt - call.restarts <= work.spec.retries
+
+    def _start_again(self, work: KnownWork, call: Call, why: str, now: float) -> None:
+        """The next attempt of a call that was cut off: as `on_lost="restart"` says, whatever the retries are."""
+        message = f"{why}; started again"
+        restarts = call.restarts + 1
+        work.book.put(call.move(Stage.PENDING, reason=Reason.LOST, message=message, due=now, restarts=restarts))
 
     def _succeed(self, work: KnownWork, call: Call, item: Ended) -> None:
         work.num_successes += 1
@@ -670,6 +700,7 @@ class Engine:
                 return
         launched = book.put(call.replace(attempt=call.attempt + 1, due=None))
         work.live = True
+        work.sent_epoch = self.agents[work.agent].epoch
         work.ready = False
         self._durable = True
         self._touch(work)
@@ -677,6 +708,7 @@ class Engine:
 
     def _start_message(self, work: KnownWork, call: Call) -> StartCall:
         spec = work.spec
+        lease, lease_grace = lease_for(spec.lost_after, spec.grace)
         args = list(call.args)
         if spec.kind != "python":
             args = list(split_arguments(call.args))
@@ -699,6 +731,8 @@ class Engine:
             health=spec.health,
             timeout=spec.timeout,
             grace=spec.grace,
+            lease=lease if spec.on_lost != "wait" else None,
+            lease_grace=lease_grace,
             drive=spec.drive,
             inputs=spec.inputs,
             outputs=spec.outputs,
@@ -747,9 +781,13 @@ class Engine:
             return
         work.stopping = str(reason)
         work.ready = False
+        self._emit(self._stop_message(work, call.id, call.attempt, reason, kill=kill))
+
+    @staticmethod
+    def _stop_message(work: KnownWork, call: str, attempt: int, reason: Reason, *, kill: bool = False) -> StopCalls:
         grace = 0.0 if kill else work.spec.grace
-        stop = StopCall(work=work.spec.name, call=call.id, attempt=call.attempt, grace=grace, reason=str(reason))
-        self._emit(StopCalls(agent=work.agent, calls=[stop]))
+        stop = StopCall(work=work.spec.name, call=call, attempt=attempt, grace=grace, reason=str(reason))
+        return StopCalls(agent=work.agent, calls=[stop])
 
     # -- asked from outside the flow
     def _ask_call(self, event: AskCall, now: float) -> None:
@@ -1024,7 +1062,9 @@ class Engine:
         agent = self.agents.setdefault(event.agent, KnownAgent(event.agent))
         if event.epoch != agent.epoch:
             agent.epoch, agent.acked = event.epoch, 0
-        agent.up, agent.launching, agent.silent = True, False, False
+        agent.up, agent.launching = True, False
+        self.contacts.know(agent.name, event.host)
+        self._heard(agent)
         self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
         known = {report.work: report for report in event.status.works}
         wanted: list[Place] = []
@@ -1045,19 +1085,33 @@ class Engine:
         self._reconcile(event.status, now)
         for work in self._all():
             if work.agent == agent.name and work.placed:
-                self._resend(work, known.get(work.spec.name))
+                self._resend(work, known.get(work.spec.name), now)
                 self._advance(work, now)
         self._wake()
 
-    def _resend(self, work: KnownWork, report: Any) -> None:
+    def _resend(self, work: KnownWork, report: Any, now: float) -> None:
         """The current attempt was to be started, but this agent knows nothing of it: the same request again."""
         call = work.book.calls[work.book.current] if work.book.current is not None else None
         if call is None or not work.live:
             return
         if report is None or (report.call, report.attempt) != (call.id, call.attempt):
+            if work.sent_epoch != self.agents[work.agent].epoch and not self.config.shared_records:
+                # Another machine: the incarnation to which it was given may have started it, and it may be running.
+                if call.stage is not Stage.UNKNOWN:
+                    message = f"agent {work.agent} was replaced, and nobody knows what became of the script"
+                    work.book.put(call.move(Stage.UNKNOWN, message=message))
+                    self._touch(work)
+                return
             if work.stopping:
                 self._end(work, call.move(Stage.STOPPED, reason=Reason(work.stopping), finished_at=call.started_at))
                 work.live = False
+                return
+            if call.stage is not Stage.PENDING:
+                gone = "the agent has no record of the script any more"
+                ended = Ended(
+                    work=work.spec.name, call=call.id, attempt=call.attempt, at=now, reason="lost", message=gone
+                )
+                self._ended(work, ended, now)
                 return
             self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, call)]))
             self._emit(PollAgent(agent=work.agent))  # it may have it already, and say nothing about it any more
@@ -1066,14 +1120,26 @@ class Engine:
         """A poll's facts are the items' facts; those that were not seen yet take effect here."""
         for report in status.works:
             work = self.works.get(report.work) or self.hidden.get(report.work)
-            if work is None or report.call is None:
+            if work is None:
+                if report.work not in self._kept_pages:
+                    self._emit(ForgetWorks(agent=status.agent, works=[report.work]))
+                continue
+            if report.call is None:
                 continue
             call = self._current(work, report.call, report.attempt)
-            if call is None or call.done:
+            going = report.stage in ("starting", "running", "stopping")
+            if call is None or call.done or not work.live:
+                if going:  # given up while nobody could say so
+                    self._emit(self._stop_message(work, report.call, report.attempt, Reason.LOST))
                 continue
+            if going and work.stopping and report.stage != "stopping":
+                self._emit(self._stop_message(work, call.id, call.attempt, Reason(work.stopping)))
             if call.stage in (Stage.PENDING, Stage.UNKNOWN) and report.stage in ("running", "stopping"):
-                work.live = True
                 work.book.put(call.move(Stage.RUNNING, message="", started_at=call.started_at or now))
+                self._touch(work)
+                self._wake()
+            elif call.stage is Stage.UNKNOWN and report.stage == "starting":
+                work.book.put(call.move(Stage.PENDING, message=""))
                 self._touch(work)
                 self._wake()
             if report.ready and not work.ready:
@@ -1105,7 +1171,7 @@ class Engine:
             work.placed, work.failed_to_place = True, ""
             work.host, work.port = placed.host, placed.port
             if work.live:
-                self._resend(work, None)
+                self._resend(work, None, now)
             self._advance(work, now)
 
     def _place_failed(self, work: KnownWork, message: str, now: float) -> None:
@@ -1137,16 +1203,80 @@ class Engine:
     def _agent_polled(self, event: AgentPolled, now: float) -> None:
         agent = self.agents[event.agent]
         if event.status is not None:
-            agent.silent = False
-            self._reconcile(event.status, now)
+            if event.status.epoch == agent.epoch:  # else it is the answer of one that was replaced meanwhile
+                self._heard(agent)
+                self._reconcile(event.status, now)
+            return
+        if not agent.up:
+            return
+        self.contacts.missed(agent.name, event.silence, event.clock)
+        live = [work for work in self._all() if work.agent == agent.name and work.live]
+        leased = [work for work in live if work.spec.on_lost != "wait"]
+        if event.silence < min([UNKNOWN_AFTER, *(work.spec.lost_after for work in leased)]):
             return
         agent.silent = True
-        for work in self._all():
-            current = work.book.calls.get(work.book.current or "")
-            if work.agent == agent.name and work.live and current is not None and current.stage is Stage.RUNNING:
+        for work in live:
+            assert work.book.current is not None
+            current = work.book.calls[work.book.current]
+            if current.stage is not Stage.UNKNOWN:
                 work.book.put(current.move(Stage.UNKNOWN, message=f"no contact with agent {agent.name}"))
                 self._touch(work)
                 self._wake()
+        overdue = [work for work in leased if event.silence >= work.spec.lost_after]
+        if not overdue or not self._alive or not self._may_act(agent, event):
+            return
+        for work in overdue:
+            self._give_up(work, now)
+        self._replace(agent)
+
+    def _heard(self, agent: KnownAgent) -> None:
+        said = self.contacts.heard(agent.name)
+        if said:
+            self._emit(Note(level="warning", text=said))
+        if agent.silent:
+            self._emit(PollAgent(agent=agent.name))  # what its Works are doing
+        agent.silent = agent.cut_off = False
+
+    def _may_act(self, agent: KnownAgent, event: AgentPolled) -> bool:
+        """Whether this silence is one agent's, and not that of the network around the flow."""
+        held, said = self.contacts.held(agent.name, event.clock)
+        if not held and not event.reachable:
+            held = True
+            if not agent.cut_off:
+                said = f"agent {agent.name} is silent, but so is everything else: nothing is done about it"
+            agent.cut_off = True
+        if said:
+            self._emit(Note(level="warning", text=said))
+        return not held
+
+    def _give_up(self, work: KnownWork, now: float) -> None:
+        """Its lease is over: whatever the script was doing, it has ended."""
+        assert work.book.current is not None
+        call = work.book.calls[work.book.current].replace(finished_at=now)
+        why = f"no contact with agent {work.agent} for {work.spec.lost_after:g} s"
+        work.live = False
+        self._be_ready(work, False, now)
+        self._durable = self._close_burst = True
+        if work.stopping:
+            self._end(work, call.move(Stage.STOPPED, reason=Reason(work.stopping), message=why))
+        elif work.spec.on_lost == "restart":
+            self._start_again(work, call, why, now)
+        else:
+            self._end(work, call.move(Stage.FAILED, reason=Reason.LOST, message=why))
+            if work.spec.raise_exception:
+                self._fail_app(f"{work.spec.name} failed: {why}", now)
+        self._touch(work)
+        self._wake()
+
+    def _replace(self, agent: KnownAgent) -> None:
+        """From the moment in which this is journalled, the old incarnation is refused."""
+        agent.epoch, agent.acked = agent.epoch + 1, 0
+        agent.up, agent.launching = False, True
+        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
+        for work in self._all():
+            if work.agent == agent.name and work.placed:
+                work.placed, work.placing = False, True
+        self._emit(ReplaceAgent(agent=agent.name, epoch=agent.epoch))
 
     def _hidden_works(self, event: Hidden, now: float) -> None:
         names = {spec.name for spec in event.specs}
@@ -1296,6 +1426,7 @@ class Engine:
         work.live = current is not None and current.due is None and current.attempt > 0
         work.since = kept.get("since")
         work.deaths = kept.get("deaths", 0)
+        work.sent_epoch = kept.get("sent_epoch", 0)
         work.num_successes = kept.get("num_successes", 0)
         work.num_timeouts = kept.get("num_timeouts", 0)
         work.exit_code = kept.get("exit_code")

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from orch.contact import UNKNOWN_AFTER
 from orch.program import PassInput, PassResult
 from orch.wire import AgentStatus, Diff, ItemResult, Op, Place, Placed, Push, StartCall, StartReply, StopCall
 from orch.work import WorkSpec
@@ -35,6 +36,7 @@ __all__ = [
     "PollAgent",
     "Pushed",
     "ReloadProgram",
+    "ReplaceAgent",
     "Reply",
     "Rest",
     "RestartWork",
@@ -112,6 +114,8 @@ class AgentUp(Event, frozen=True, kw_only=True):
     agent: str
     epoch: int
     status: AgentStatus
+    host: str = ""
+    """The machine that it is on."""
 
 
 class AgentFailed(Event, frozen=True, kw_only=True):
@@ -132,7 +136,13 @@ class StartAnswered(Event, frozen=True, kw_only=True):
 class AgentPolled(Event, frozen=True, kw_only=True):
     agent: str
     status: AgentStatus | None
-    """None: silent for longer than `Config.unknown_after`."""
+    """None: it did not answer."""
+    silence: float = UNKNOWN_AFTER
+    """Seconds since its last sign of life, if it did not answer."""
+    clock: float = 0.0
+    """Now, on a clock that nobody sets."""
+    reachable: bool = True
+    """This machine reaches something else."""
 
 
 class Hidden(Event, frozen=True, kw_only=True):
@@ -176,6 +186,14 @@ class RunMethod(Instruction, frozen=True, kw_only=True):
 
 class LaunchAgent(Instruction, frozen=True, kw_only=True):
     agent: str
+
+
+class ReplaceAgent(Instruction, frozen=True, kw_only=True):
+    """Nothing is known of this agent and its lease is over: end it if that can be done, and launch another one."""
+
+    agent: str
+    epoch: int
+    """Of the new one; whatever an older one says is refused from now on."""
 
 
 class PlaceWorks(Instruction, frozen=True, kw_only=True):

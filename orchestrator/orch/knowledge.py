@@ -24,6 +24,8 @@ class KnownWork:
         self.port: int | None = spec.port
         self.live = False
         """The current call's attempt was handed to the agent and has not ended."""
+        self.sent_epoch = 0
+        """The incarnation of the agent to which it was handed."""
         self.ready = False
         self.ready_at: float | None = None
         self.stopping: str = ""
@@ -88,4 +90,7 @@ class KnownAgent:
         self.up = False
         self.launching = False
         self.silent = False
+        """Contact is lost: nothing is known of its Works."""
+        self.cut_off = False
+        """It was said that this machine reaches nobody."""
         self.acked = 0

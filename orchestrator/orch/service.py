@@ -30,6 +30,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -43,7 +44,7 @@ from orch.logtail import LogTail, last_lines, showable
 from orch.paths import AppFolder, ServerInfo
 from orch.peer import HttpPeer
 from orch.program import Program, with_calls
-from orch.runtimes.base import Handle
+from orch.runtimes.base import Handle, Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.server.sockets import bind_socket
@@ -71,7 +72,6 @@ __all__ = ["ConsoleLike", "Service", "serve"]
 log = logging.getLogger(__name__)
 
 POLL_EVERY = 2.0
-UNKNOWN_AFTER = 10.0
 EVENTS_KEPT = 10_000
 EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
@@ -94,11 +94,12 @@ class ConsoleLike(Protocol):
     def done(self, code: int, message: str = "") -> None: ...
 
 
-def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike) -> int:
-    """Run the app until it ends; the exit code. The folder's lock is held by the caller."""
-    if options.mode != "local":
+def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike, runtime: Runtime | None = None) -> int:
+    """Run the app until it ends; the exit code. The folder's lock is held by the caller. `runtime`: instead of the one
+    that the options name."""
+    if runtime is None and options.mode != "local":
         raise UsageError(f"the runtime {options.mode!r} is not part of this version", hint="use --local")
-    service = Service(options, folder, console)
+    service = Service(options, folder, console, runtime or LocalRuntime(folder.run, folder.logs))
     code = asyncio.run(service.main())
     if service.in_pass:
         # A thread cannot be ended, and Python would wait for it.
@@ -121,13 +122,15 @@ class _Link:
     attached: bool = False
     ask: bool = False
     """Its status is wanted although it pushes."""
+    ending: bool = False
+    """Given up, and being ended."""
     task: asyncio.Task[None] = field(init=False)
 
 
 class Service:
     """One flow server. Implements `orch.server.backend.Backend`."""
 
-    def __init__(self, options: RunOptions, folder: AppFolder, console: ConsoleLike) -> None:
+    def __init__(self, options: RunOptions, folder: AppFolder, console: ConsoleLike, runtime: Runtime) -> None:
         self.options = options
         self.folder = folder
         self.console = console
@@ -167,7 +170,7 @@ class Service:
         self._routes: list[ApiRoute] = []
         self._agent_tokens: dict[str, str] = {}
         self._work_tokens: dict[str, str] = {}
-        self._runtime = LocalRuntime(folder.run, folder.logs)
+        self._runtime = runtime
 
     # Made when the loop runs: they belong to it.
     _exit: asyncio.Event
@@ -353,6 +356,7 @@ class Service:
             env=dict(options.env),
             secrets=self._secrets,
             page_secrets={"ORCH_FLOW_TOKEN": self.token},
+            shared_records=self._runtime.shared_records,
             redact=self._refuse_secrets if self._secrets else None,
         )
         self.engine = Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
@@ -538,6 +542,10 @@ class Service:
                 self._send(agent, "forget", names)
             case e.PollAgent(agent=agent):
                 self._link(agent).ask = True
+            case e.ReplaceAgent(agent=agent, epoch=epoch):
+                self._epochs[agent] = epoch  # the old one is refused from here on
+                self._link(agent).ending = True
+                self._group.create_task(self._replace_silent(self._link(agent), epoch), name=f"replace-{agent}")
             case e.LaunchAgent():
                 pass  # the local agent is started with the server
             case e.Shown():
@@ -633,9 +641,11 @@ class Service:
             return await self._attach("local", left)
         if not self._cut_off:
             if left is not None or any(self.folder.run_records()):
-                await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
-        elif alive:
-            await asyncio.to_thread(self._end_leftovers, keep_scripts=True)
+                await asyncio.to_thread(self._end_leftovers)
+        elif left is not None and alive:
+            # It hangs, and its scripts need not know: they are adopted by the next one.
+            self.console.note(f"the agent (pid {left['pid']}) does not answer: replacing it, its scripts go on")
+            await self._runtime.kill(left)
         # Drive manifests outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
         epoch = max((left["epoch"] if left else 0) + 1, int(self.started * 1000))
         return await self._launch("local", epoch, left["port"] if left and self._cut_off else 0)
@@ -650,13 +660,12 @@ class Service:
         finally:
             await asyncio.to_thread(peer.close)
 
-    def _end_leftovers(self, *, keep_scripts: bool) -> None:
+    def _end_leftovers(self) -> None:
         from orch.leftovers import clear_records, end_agents, end_scripts
 
         end_agents(self.folder, self.console.note)
-        if not keep_scripts:
-            end_scripts(self.folder, self.console.note)
-            clear_records(self.folder)
+        end_scripts(self.folder, self.console.note)
+        clear_records(self.folder)
 
     async def _launch(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
         token = random_secrets.token_urlsafe(32)
@@ -676,6 +685,7 @@ class Service:
             app_argv=list(options.argv),
             drive_url=self.drive_url,
             port=port,
+            orphan_timeout=_orphan_timeout(self._runtime),
         )
         handle = await self._runtime.launch(spec)
         return await self._attach(agent, handle)
@@ -683,8 +693,13 @@ class Service:
     async def _attach(self, agent: str, handle: Handle) -> AgentStatus | None:
         await self._begun.wait()
         link = self._link(agent)
+        newest = self.engine.agents[agent].epoch if agent in self.engine.agents else 0
+        if handle["epoch"] < newest:  # given up by a server that died before the next one was launched
+            await self._runtime.kill(handle)
+            return await self._launch(agent, newest, 0)
         link.handle = handle
         self.engine.know_agent(agent, handle["epoch"])
+        link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
         attach = Attach(
             flow_url=self.url,
             epoch=handle["epoch"],
@@ -702,7 +717,8 @@ class Service:
         known = decode(AgentStatus, body)
         link.heard = time.monotonic()
         link.attached = True
-        self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known))
+        host = urlsplit(handle["url"]).hostname or ""
+        self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known, host=host))
         link.wake.set()
         return known
 
@@ -740,6 +756,8 @@ class Service:
                 delay = min(1.0, delay * 2)
                 continue
             delay = 0.05
+            if link.handle is not handle:
+                continue  # replaced meanwhile: that answer was another one's, and the queue a new one
             for _ in batch:
                 link.queue.popleft()
             link.heard = time.monotonic()
@@ -760,9 +778,9 @@ class Service:
         try:
             while True:
                 await asyncio.sleep(POLL_EVERY / 2)
-                for link in list(self._links.values()):
-                    if link.handle is not None and link.attached:
-                        await self._poll(link, peers)
+                # At the same time: a silent one must not keep the others waiting.
+                links = [link for link in self._links.values() if link.handle is not None and link.attached]
+                await asyncio.gather(*(self._poll(link, peers) for link in links))
         finally:
             for peer in peers.values():
                 peer.close()
@@ -770,6 +788,8 @@ class Service:
     async def _poll(self, link: _Link, peers: dict[str, HttpPeer]) -> None:
         assert link.handle is not None
         gone = await self._runtime.poll(link.handle)
+        if not link.attached:
+            return  # it is being replaced
         if gone is not None:
             await self._replace(link, gone)
             return
@@ -785,17 +805,38 @@ class Service:
             self._put(e.AgentPolled(agent=link.agent, status=decode(AgentStatus, body)))
             link.heard = time.monotonic()
         except (OSError, http.client.HTTPException):
-            if silent > UNKNOWN_AFTER:
-                self._put(e.AgentPolled(agent=link.agent, status=None))
+            now = time.monotonic()
+            reachable = await self._reachable(link, now)
+            self._put(
+                e.AgentPolled(agent=link.agent, status=None, silence=now - link.heard, clock=now, reachable=reachable)
+            )
+
+    async def _reachable(self, silent: _Link, now: float) -> bool:
+        """Whether this machine reaches anything but the silent agent."""
+        others = (link for link in self._links.values() if link is not silent and link.attached)
+        return any(now - link.heard < 2 * POLL_EVERY for link in others) or await self._runtime.reachable()
 
     async def _replace(self, link: _Link, why: str) -> None:
         """The agent's process is gone: a new incarnation adopts what it left."""
         assert link.handle is not None
         old = link.handle
-        link.attached = False
         self.console.warn(f"agent {link.agent} (pid {old['pid']}) {why}: starting a new one")
+        await self._launch_next(link, old["epoch"] + 1, old["port"])
+
+    async def _replace_silent(self, link: _Link, epoch: int) -> None:
+        """The agent has been given up: end it if that can be done, it may be only a network away; launch another."""
+        assert link.handle is not None
+        old = link.handle
+        link.attached = False
+        self.console.warn(f"agent {link.agent} is given up: starting a new one")
+        await self._runtime.kill(old)
+        link.ending = False
+        await self._launch_next(link, epoch, old["port"])
+
+    async def _launch_next(self, link: _Link, epoch: int, port: int) -> None:
+        link.attached = False
         try:
-            await self._launch(link.agent, old["epoch"] + 1, old["port"])
+            await self._launch(link.agent, epoch, port)
         except RuntimeLost as error:
             link.handle = None
             self._put(e.AgentFailed(agent=link.agent, message=_line(error)))
@@ -816,7 +857,7 @@ class Service:
                 ended = False
             if not ended:
                 await self._runtime.kill(handle)
-                await asyncio.to_thread(self._end_leftovers, keep_scripts=False)
+                await asyncio.to_thread(self._end_leftovers)
         self._runtime.reap()
 
     # -- pages --------------------------------------------------------------------------------------------------------
@@ -1068,13 +1109,19 @@ class Service:
         return self._agent_tokens.get(agent)
 
     async def push(self, push: Push) -> PushReply:
-        if push.epoch != self._epochs.get(push.agent):
-            raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
         link = self._links.get(push.agent)
-        if link is not None:
-            link.heard = time.monotonic()
-        self._counters["pushes_total"] += 1
-        reply = await self._ask(lambda ticket: e.Pushed(ticket=ticket, push=push))
+        try:
+            if push.epoch != self._epochs.get(push.agent):
+                raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
+            if link is not None:
+                link.heard = time.monotonic()
+            self._counters["pushes_total"] += 1
+            reply = await self._ask(lambda ticket: e.Pushed(ticket=ticket, push=push))
+        except StaleEpoch:
+            if link is not None and link.ending:
+                # Told that it is replaced, it would end its scripts; on this machine its successor takes them over.
+                raise RuntimeLost(f"agent {push.agent} is being replaced") from None
+            raise
         assert isinstance(reply, PushReply)
         return reply
 
@@ -1150,6 +1197,20 @@ class Service:
         if not parsed.partial:
             # In the passes' thread: a pass sees one picture of the files.
             self._pass_thread.submit(lambda: self._index_of(drive).add(parsed))
+
+
+def _orphan_timeout(runtime: Runtime) -> float | None:
+    """ORCH_ORPHAN_TIMEOUT (seconds), or what the runtime does. Raises UsageError."""
+    given = os.environ.get("ORCH_ORPHAN_TIMEOUT")
+    if not given:
+        return runtime.orphan_timeout
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"ORCH_ORPHAN_TIMEOUT={given!r} is no number of seconds", hint="leave it out for the default")
+    return seconds
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -42,6 +42,7 @@ from orch.events import (
     PollAgent,
     Pushed,
     ReloadProgram,
+    ReplaceAgent,
     Reply,
     RestartWork,
     RunMethod,
@@ -72,6 +73,8 @@ from orch.wire import (
 from orch.work import Work
 
 __all__ = ["AppTester", "FakeClock", "FakeWork"]
+
+POLL_EVERY = 2.0
 
 
 class FakeClock:
@@ -149,6 +152,8 @@ class AppTester:
         self._seq = 0
         self._unacked: list[tuple[int, Item]] = []
         self._epoch = 1
+        self._silent_since: float | None = None
+        self._undelivered: list[Instruction] = []
         self._begin_server(Program(flow))
 
     def _begin_server(
@@ -258,15 +263,37 @@ class AppTester:
             raise AssertionError(f"{fake.name} is not running")
         self._finish(fake, fake.current, reason="signal", signal="SIGKILL", message="killed by SIGKILL")
 
+    def lose_contact(self) -> None:
+        """From now on nothing passes between flow and agent; the works go on, but for those whose lease runs out."""
+        self._silent_since = self.now
+        self._later(POLL_EVERY, lambda: self._poll_in_vain(self._silent_since))
+        for fake in self.fakes.values():
+            if fake.current is not None and fake.current.lease is not None:
+                self._later(fake.current.lease, partial(self._lease_over, fake, fake.current, self.now))
+
+    def regain_contact(self) -> None:
+        """What was said meanwhile arrives, in order, on both sides."""
+        self._silent_since = None
+        instructions, self._undelivered = self._undelivered, []
+        self._event(AgentPolled(agent="local", status=self._agent_up("local").status))
+        for instruction in instructions:
+            self._do(instruction)
+        self._push()
+        self._settle()
+
     def restart_server(self) -> None:
-        """kill -9 of the flow server, and a new one: only what was journalled survives; the agent lives on."""
+        """kill -9 of the flow server, and a new one: only what was journalled survives. The agent lives on, or is
+        replaced if it does not answer."""
+        if self._silent_since is not None:
+            self._new_agent(self._epoch + 1)
         self._continue(clean=False)
 
     def resume(self) -> None:
         """The run ended and is gone on with (`orch run --resume`): no process of it lives any more."""
         for fake in self.fakes.values():
             fake.current, fake.ready, fake.port = None, False, 0
-        self._epoch, self._seq, self._unacked = self._epoch + 1, 0, []
+        self._unacked.clear()
+        self._new_agent(self._epoch + 1)
         self.exit_code, self.message = None, ""
         self._continue(clean=True)
 
@@ -377,8 +404,31 @@ class AppTester:
         for instruction in instructions:
             self._do(instruction)
 
+    def _new_agent(self, epoch: int) -> None:
+        """A new incarnation, which finds the records of the one before: of what was not taken yet, the ends."""
+        ends = [item for _, item in self._unacked if isinstance(item, Ended)]
+        self._epoch, self._seq, self._unacked = epoch, len(ends), list(enumerate(ends, 1))
+        self._silent_since, self._undelivered = None, []
+
+    def _poll_in_vain(self, since: float | None) -> None:
+        if since is not None and since == self._silent_since:
+            silence = self.now - since
+            self._later(POLL_EVERY, lambda: self._poll_in_vain(since))
+            self._event(AgentPolled(agent="local", status=None, silence=silence, clock=self.now))
+
+    def _lease_over(self, fake: FakeWork, call: StartCall, since: float) -> None:
+        if since == self._silent_since:
+            self._finish(fake, call, reason="lost", message="its lease had run out", cut=True)
+
     def _do(self, instruction: Instruction) -> None:
+        to_agent = PlaceWorks | StartCalls | StopCalls | ForgetWorks
+        if self._silent_since is not None and isinstance(instruction, to_agent):
+            self._undelivered.append(instruction)
+            return
         match instruction:
+            case ReplaceAgent(agent=agent, epoch=epoch):
+                self._new_agent(epoch)
+                self._queue.append(lambda: self._attach(agent))
             case RunPass(given=given):
                 self.passes += 1
                 self._queue.append(lambda: self._event(PassEnded(result=self.program.run_pass(given))))
@@ -404,7 +454,7 @@ class AppTester:
                 for name in names:
                     forgotten = self.fake(name)
                     forgotten.current, forgotten.ready, forgotten.port = None, False, 0
-            case PollAgent(agent=agent):
+            case PollAgent(agent=agent) if self._silent_since is None:
                 status = self._agent_up(agent).status
                 self._queue.append(lambda: self._event(AgentPolled(agent=agent, status=status)))
             case Note(text=text):
@@ -452,7 +502,7 @@ class AppTester:
 
     def _push(self) -> None:
         """What the flow has not journalled yet, again and again: it takes each item once."""
-        if not self._unacked:
+        if not self._unacked or self._silent_since is not None:
             return
         first = self._unacked[0][0]
         items = [item for _, item in self._unacked]

@@ -20,6 +20,10 @@ Order. An agent numbers what it reports (`seq`, from 1 in an incarnation). A pus
 flow skips what it already has, so a push sent twice takes effect once. The flow tells an agent about every accepted
 revision under its works' vars, its own included: those carry the `seq` that caused them (and no ops when they were
 taken as sent), which is how an agent orders its own writes among the others'.
+
+Contact. Only an answer of the flow to a push proves to an agent that the flow has heard it; a push without items is a
+heartbeat, and is answered at once. A lease counts from the moment at which the answered push was sent, the flow's
+patience from the moment at which it was received: the lease is the shorter one, whichever way a link is cut.
 """
 
 from __future__ import annotations
@@ -161,6 +165,10 @@ class StartCall(Message, frozen=True, kw_only=True):
     health: str | None = None
     timeout: float | None = None
     grace: float = 10.0
+    lease: float | None = None
+    """Seconds after the last answer of the flow at which the script is stopped; None: it outlives any silence."""
+    lease_grace: float = 10.0
+    """Seconds between TERM and KILL when the lease has run out."""
     drive: dict[str, Any] | None = None
     inputs: list[str] = msgspec.field(default_factory=list)
     outputs: list[str] = msgspec.field(default_factory=list)
@@ -245,6 +253,8 @@ class Ended(Message, tag="ended", frozen=True, kw_only=True):
     message: str = ""
     traceback: str = ""
     result: Any = None
+    cut: bool = False
+    """It was stopped because the flow could not be reached (lease, orphan guard, fence); the reason is then lost."""
 
 
 class Progress(Message, tag="progress", frozen=True, kw_only=True):

@@ -338,7 +338,7 @@ async def test_a_new_agent_adopts_and_reports(flow: FakeFlow) -> None:
     assert len(flow.of(Ended)) == 2 and not (flow.folder / "doubled").exists()
 
 
-async def test_sigterm_leaves_scripts_alone_and_409_fences(flow: FakeFlow) -> None:
+async def test_sigterm_and_a_successor_leave_scripts_alone(flow: FakeFlow) -> None:
     await flow.place("w")
     await flow.start("w", "sleep 60")
     [started] = await flow.until(lambda: flow.of(Started))
@@ -349,6 +349,7 @@ async def test_sigterm_leaves_scripts_alone_and_409_fences(flow: FakeFlow) -> No
     assert not (flow.orch_dir / "run" / "agent-local.json").exists()
     flow.acked = 0
     await flow.start_agent()
+    (flow.orch_dir / "run" / "agent-local.spec").write_text('{"epoch": 3}')
     flow.epoch = 3  # somebody newer has taken over
     await flow.place("x")
     await flow.start("x", "sleep 60")
@@ -429,7 +430,7 @@ async def test_orphan_guard(tmp_path: Path) -> None:
         [started] = await flow.until(lambda: flow.of(Started))
         for _ in range(4):
             await asyncio.sleep(0.5)
-            await flow.status()  # a poll is a sign of life
+            await flow.status()
         assert alive(started.pid) and flow.agent is not None
         flow.away = True
         assert await asyncio.wait_for(flow.agent.wait(), 10) == 0

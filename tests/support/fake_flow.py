@@ -63,6 +63,8 @@ class FakeFlow:
         self.vars: dict[str, dict[str, Any]] = {}
         self.taken: dict[Any, int] = {}
         self.pushes = 0
+        self.bodies: list[bytes] = []
+        """Of all pushes, those that were not taken too."""
         self.away = False
         self.reject: Callable[[VarOps], str] = lambda item: ""
         self.on_item: Callable[[Item], None] = lambda item: None
@@ -107,9 +109,11 @@ class FakeFlow:
 
     async def _push(self, request: Request) -> Response:
         assert request.headers["authorization"] == f"Bearer {TOKEN}"
+        self.bodies.append(await request.body())
+        self.changed.set()
         if self.away:
             return Response(status_code=503)
-        push = decode(Push, await request.body())
+        push = decode(Push, self.bodies[-1])
         if push.epoch != self.epoch:
             return Response(status_code=409)
         self.pushes += 1

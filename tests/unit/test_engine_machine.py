@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import msgspec
@@ -17,13 +18,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from orch import Call, Flow, List, ScriptWork, ServiceWork, Stage
 from orch.errors import CallError, NotFound, OrchError
-from orch.events import AgentPolled, ApiRequest, ForgetWorks, Instruction, Patch
+from orch.events import ApiRequest, ForgetWorks, Instruction, Patch
 from orch.program import Program
 from orch.state import apply_ops
 from orch.testing import AppTester
 from orch.wire import StartCall
 
-FIXED = ["cached", "uncached", "replacing", "service", "blocking"]
+FIXED = ["cached", "uncached", "replacing", "service", "blocking", "leased", "failing"]
 
 
 class Lab(Flow):
@@ -43,6 +44,9 @@ class Lab(Flow):
         self.replacing = ScriptWork("x", parallel=True, raise_exception=False, when_busy="replace", vars={"n": 0})
         self.service = ServiceWork("x")
         self.blocking = ScriptWork("x", raise_exception=False, cache_calls=False, timeout=8.0)
+        lost: dict[str, Any] = {"lost_after": 20.0, "grace": 3.0, "parallel": True, "raise_exception": False}
+        self.leased = ScriptWork("x", on_lost="restart", retries=1, **lost)
+        self.failing = ScriptWork("x", on_lost="fail", retries=1, **lost)
 
     def run(self) -> None:
         while len(self.jobs) < self.want:
@@ -62,6 +66,8 @@ class Lab(Flow):
             self.cached.run("always")
             self.replacing.run(str(self.mode))
         self.service.run(str(self.mode % 2))
+        self.leased.run(str(self.mode))
+        self.failing.run(str(self.mode))
         if self.click:
             self.blocking.run()
             self.clicks += 1
@@ -70,6 +76,9 @@ class Lab(Flow):
 
 class Watched(AppTester):
     """Notes what must never happen."""
+
+    lost = False
+    """Contact was lost at some time: an attempt may have been given up before any agent heard of it."""
 
     def _begin_server(
         self, program: Program, tree: dict[str, Any] | None = None, rev: int = 0, *, clean: bool = False
@@ -85,7 +94,8 @@ class Watched(AppTester):
         again = [(start.call, start.attempt) for start in fake.starts].count((call.call, call.attempt))
         assert again or fake.current is None, f"{call.call} was started while {fake.current} lives"
         earlier = [start.attempt for start in fake.starts if start.call == call.call]
-        assert again or call.attempt == len(earlier) + 1, f"attempt {call.attempt} after {earlier}"
+        assert again or call.attempt > max(earlier, default=0), f"attempt {call.attempt} after {earlier}"
+        assert again or self.lost or call.attempt == len(earlier) + 1, f"attempt {call.attempt} after {earlier}"
         super()._launch(call)
 
     def _do(self, instruction: Instruction) -> None:
@@ -189,11 +199,16 @@ class Lives(RuleBasedStateMachine):
         else:
             self.tester.restart_server()
 
-    @precondition(lambda self: self.tester.engine.agents["local"].up)
+    @precondition(lambda self: self.tester.engine.agents["local"].up and self.tester._silent_since is None)
     @rule()
-    def agent_is_silent_for_a_while(self) -> None:
-        self.tester._event(AgentPolled(agent="local", status=None))
-        self.tester._event(AgentPolled(agent="local", status=self.tester._agent_up("local").status))
+    def contact_is_lost(self) -> None:
+        self.tester.lost = True
+        self.tester.lose_contact()
+
+    @precondition(lambda self: self.tester._silent_since is not None)
+    @rule()
+    def contact_is_back(self) -> None:
+        self.tester.regain_contact()
 
     # -- what always holds
     @invariant()
@@ -233,6 +248,8 @@ class Lives(RuleBasedStateMachine):
         if not hasattr(self, "tester"):
             return
         tester = self.tester
+        if tester._silent_since is not None:
+            tester.regain_contact()
         for fake in tester.fakes.values():
             if fake.name != "service":
                 fake.run_for = fake.run_for or 1.0
@@ -259,5 +276,8 @@ class Lives(RuleBasedStateMachine):
 
 TestLives = Lives.TestCase
 TestLives.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("ORCH_TEST_EXAMPLES", "60")),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
 )

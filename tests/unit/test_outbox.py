@@ -52,7 +52,7 @@ async def outbox(flow: Flow, **hooks: Any) -> AsyncIterator[Outbox]:
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     callbacks: dict[str, Callable[..., None]] = {
         "on_result": lambda result: None, "on_acked": lambda acked: None,
-        "on_fenced": lambda: None, "on_contact": lambda: None,
+        "on_fenced": lambda: None, "on_contact": lambda at: None,
     }  # fmt: skip
     box = Outbox("a", 1, "t", url, **{**callbacks, **hooks})
     task = asyncio.create_task(box.run())

@@ -56,6 +56,7 @@ from orch_workers.placeholders import command_line, fill, script_word
 from orch_workers.process import ExitRecord, Process, ProcessSpec, Spawner, SpawnError
 from orch_workers.progress import ProgressParser
 from orch_workers.records import KEPT_ATTEMPTS, AttemptRecord, PlaceRecord, Records, key_of
+from orch_workers.waiter import steady
 
 __all__ = ["Agent", "Attempt", "PlacedWork"]
 
@@ -70,6 +71,9 @@ TAIL_BYTES = 64 * 1024
 SERVICE_PROBE = 0.05
 SLOW_SERVICE_PROBE = 0.1
 PLAIN_PROBE = 1.0
+BEAT = 2.0
+"""Seconds between heartbeats, at most: a short lease asks for more."""
+BEAT_LEAST = 0.25
 MIN_SECRET = 4
 """Characters below which a secret cannot be told from ordinary text."""
 
@@ -154,7 +158,12 @@ class Agent:
         self.leaving = asyncio.Event()
         """Set when the agent shall exit; scripts live on."""
         self.records = Records(Path(spec.orch_dir, "run"), spec.agent)
-        self._spawner = Spawner(self.records.processes, warm_app=spec.app_file or None, argv=spec.app_argv)
+        self._spawner = Spawner(
+            self.records.processes,
+            contact=f"contact-{spec.agent}",
+            warm_app=spec.app_file or None,
+            argv=spec.app_argv,
+        )
         self._outbox = Outbox(
             spec.agent,
             spec.epoch,
@@ -162,8 +171,8 @@ class Agent:
             spec.flow_url,
             on_result=self._on_result,
             on_acked=self._on_acked,
-            on_fenced=self.leaving.set,
-            on_contact=self.heard,
+            on_fenced=self._on_fenced,
+            on_contact=self._on_contact,
         )
         self._ends: dict[int, Attempt] = {}
         self._patches: dict[int, asyncio.Future[ItemResult]] = {}
@@ -172,7 +181,9 @@ class Agent:
         self._probe_wake = asyncio.Event()
         self._tick_wake = asyncio.Event()
         self._warming: asyncio.Task[None] | None = None
-        self._heard_at = time.monotonic()
+        self._contact = steady()
+        """When the flow has heard of this agent for sure."""
+        self._beat_wake = asyncio.Event()
         self._shutting_down = False
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -182,7 +193,13 @@ class Agent:
         """Adopts what an earlier incarnation left, then works until left. A task that fails ends the agent, loudly."""
         self._adopt()
         self._spawn(self._prepare())
-        for work in (self._outbox.run(), self._probe_loop(), self._tick_loop(), self._orphan_guard()):
+        for work in (
+            self._outbox.run(),
+            self._probe_loop(),
+            self._tick_loop(),
+            self._heartbeat(),
+            self._orphan_guard(),
+        ):
             self._spawn(work)
         try:
             yield
@@ -199,10 +216,6 @@ class Agent:
             await self._spawner.aclose()
         if self._failed is not None:
             raise self._failed
-
-    def heard(self) -> None:
-        """The flow has given a sign of life."""
-        self._heard_at = time.monotonic()
 
     async def flushed(self, timeout: float) -> bool:
         """True once the flow has journalled everything that is reported so far."""
@@ -261,12 +274,70 @@ class Agent:
         limit = self.spec.orphan_timeout
         if limit is None:
             return
-        while (left := self._heard_at + limit - time.monotonic()) > 0:
+        while (left := self._contact + limit - steady()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.leaving.wait(), left)
                 return
         log.warning("no contact with the flow for %.0f s: stopping all scripts (orphan guard)", limit)
-        await self.shutdown(kill=False)
+        await self.shutdown(kill=False, reason="orphaned")
+
+    # -- contact with the flow ----------------------------------------------------------------------------------------
+
+    def _on_contact(self, at: float) -> None:
+        if at <= self._contact:
+            return
+        self._contact = at
+        if self._leases():
+            self._note_contact()
+
+    def _note_contact(self) -> None:
+        try:
+            self._spawner.note_contact(self._contact)
+        except OSError as error:  # the leases run out, which is the safe side
+            log.error("the contact with the flow cannot be noted: %s", error)
+
+    def _leases(self) -> list[float]:
+        return [
+            attempt.start.lease
+            for attempt in self.attempts.values()
+            if attempt.start.lease is not None and not attempt.over.is_set()
+        ]
+
+    async def _heartbeat(self) -> None:
+        """Leases and the orphan guard count from the last answer of the flow: without news there is no answer."""
+        while True:
+            leases = self._leases()
+            if not leases and self.spec.orphan_timeout is None:
+                self._beat_wake.clear()
+                await self._beat_wake.wait()
+                continue
+            await self._outbox.beat()
+            limits = [*leases, *([] if self.spec.orphan_timeout is None else [self.spec.orphan_timeout])]
+            period = min([BEAT, *(limit / 4 for limit in limits)])
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._beat_wake.wait(), max(BEAT_LEAST, period))
+            self._beat_wake.clear()
+
+    async def _await_contact(self, attempt: Attempt) -> None:
+        """What has a lease is started in contact only: its waiter counts from the last one."""
+        lease = attempt.start.lease
+        if lease is None:
+            return
+        self._beat_wake.set()
+        while not attempt.stop_wanted.is_set():
+            if await self._outbox.beat():
+                self._note_contact()
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(attempt.stop_wanted.wait(), BEAT_LEAST)
+
+    def _on_fenced(self) -> None:
+        """The flow has replaced this agent. A successor on this machine goes on with the scripts; without one they must
+        not go on."""
+        if self.records.successor(self.spec.epoch):
+            self.leaving.set()
+        elif not self._shutting_down:
+            self._spawn(self.shutdown(kill=False, reason="fenced"))
 
     # -- what the flow asks -------------------------------------------------------------------------------------------
 
@@ -370,16 +441,16 @@ class Agent:
         """`shutdown` in the background."""
         self._spawn(self.shutdown(kill=kill))
 
-    async def shutdown(self, *, kill: bool) -> None:
+    async def shutdown(self, *, kill: bool, reason: str = "stopped") -> None:
         """Stop every script (at once with `kill`), report the ends if the flow listens, then leave."""
         if self._shutting_down and not kill:
             return
         self._shutting_down = True
         running = [attempt for attempt in self.attempts.values() if not attempt.over.is_set()]
         for attempt in running:
-            self._stop_attempt(attempt, "stopped", 0.0 if kill else attempt.start.grace)
+            self._stop_attempt(attempt, reason, 0.0 if kill else attempt.start.grace)
         await asyncio.gather(*(attempt.over.wait() for attempt in running))
-        if not await self._outbox.flushed(2.0):
+        if reason == "fenced" or not await self._outbox.flushed(2.0):
             log.warning("the flow does not answer: the ends of the works stay recorded in %s", self.records.processes)
         self.records.drop_places()
         self.leaving.set()
@@ -631,6 +702,8 @@ class Agent:
         """One attempt from acceptance to its end."""
         try:
             if before is not None:
+                if not before.stop_wanted.is_set():  # the flow has given it up: never beside the new one
+                    self._stop_attempt(before, "lost", before.start.grace)
                 await before.over.wait()
             if attempt.process is None and not await self._launch(attempt):
                 return
@@ -655,7 +728,7 @@ class Agent:
     async def _launch(self, attempt: Attempt) -> bool:
         """Inputs, command, process. False if a stop came first."""
         if attempt.stop_wanted.is_set():
-            self._end(attempt, attempt.record.stopping, "stopped before it was started")
+            self._end_unstarted(attempt)
             return False
         start = attempt.start
         work = self.work(start.work)
@@ -667,8 +740,9 @@ class Agent:
         attempt.transfer = self._transfer(attempt, cwd)
         if start.inputs or start.outputs or start.reload:
             await asyncio.to_thread(attempt.transfer.prepare)
+        await self._await_contact(attempt)
         if attempt.stop_wanted.is_set():
-            self._end(attempt, attempt.record.stopping, "stopped before it was started")
+            self._end_unstarted(attempt)
             return False
         env = self._environment(work, attempt, values)
         argv: list[str] = []
@@ -695,6 +769,8 @@ class Agent:
                 env=env,
                 log=str(attempt.log_file),
                 grace=start.grace,
+                lease=start.lease,
+                lease_grace=start.lease_grace,
                 header=_header(attempt),
                 python=order,
             )
@@ -751,8 +827,16 @@ class Agent:
         outcome = self._outcome(attempt) if start.kind == "python" else Outcome()
         if work is not None and outcome.unsent:
             self.receive(work, outcome.session, outcome.unsent)
-        if attempt.record.stopping and (exited.stopped or exited.lost):
-            reason: str | None = attempt.record.stopping
+        cut = ""
+        if exited.cut:
+            cut = f"the flow could not be reached for {start.lease:g} s: stopped, its lease had run out"
+        elif exited.stopped or exited.lost:
+            cut = self._cut(attempt)
+        if cut:
+            reason: str | None = "lost"
+            message = cut
+        elif attempt.record.stopping and (exited.stopped or exited.lost):
+            reason = attempt.record.stopping
             message = f"timeout after {start.timeout:g} s" if reason == "timeout" and start.timeout else ""
         elif exited.lost:
             reason, message = "lost", "the process is gone and left no exit code"
@@ -778,7 +862,21 @@ class Agent:
                     reason, message = "exception", _explain(error)
                 else:
                     log.warning("the last outputs of %s are not published: %s", attempt.key, _explain(error))
-        self._end(attempt, reason, message, exited=exited, result=result, traceback=outcome.traceback)
+        trace = outcome.traceback
+        self._end(attempt, reason, message, exited=exited, result=result, traceback=trace, cut=bool(cut))
+
+    def _cut(self, attempt: Attempt) -> str:
+        """Why this agent has stopped it by itself: what to say, empty if it was told to."""
+        if attempt.record.stopping == "orphaned":
+            return f"the flow could not be reached for {self.spec.orphan_timeout or 0:g} s: stopped (orphan guard)"
+        if attempt.record.stopping == "fenced":
+            return "the flow has replaced this agent: stopped"
+        return ""
+
+    def _end_unstarted(self, attempt: Attempt) -> None:
+        cut = self._cut(attempt)
+        reason = "lost" if cut else attempt.record.stopping
+        self._end(attempt, reason, cut or "stopped before it was started", cut=bool(cut))
 
     def _outcome(self, attempt: Attempt) -> Outcome:
         path = self.records.result_file(attempt.key)
@@ -798,6 +896,7 @@ class Agent:
         exited: ExitRecord | None = None,
         result: Any = None,
         traceback: str = "",
+        cut: bool = False,
     ) -> None:
         """Records the end, then reports it: exactly one an attempt."""
         start = attempt.start
@@ -814,6 +913,7 @@ class Agent:
             message=_redact(message, attempt.secrets),
             traceback=_redact(traceback, attempt.secrets),
             result=result if reason is None else None,
+            cut=cut,
         )
         self._note(attempt, ended=ended)
         attempt.stage = "ended"

@@ -13,6 +13,7 @@ import msgspec
 
 from orch.peer import HttpPeer
 from orch.wire import PROTOCOL, Ended, Item, ItemResult, Progress, PushReply, Started, decode, encode
+from orch_workers.waiter import steady
 
 __all__ = ["Outbox"]
 
@@ -22,6 +23,7 @@ MAX_ITEMS = 500
 MAX_BYTES = 1 << 20
 RETRY_FIRST = 0.1
 RETRY_MOST = 2.0
+BEAT_TIMEOUT = 2.0
 
 
 @dataclass(slots=True)
@@ -55,8 +57,9 @@ class Outbox:
         on_result: Callable[[ItemResult], None],
         on_acked: Callable[[int], None],
         on_fenced: Callable[[], None],
-        on_contact: Callable[[], None],
+        on_contact: Callable[[float], None],
     ) -> None:
+        """`on_contact` is given the moment (`waiter.steady`) at which the answered push was sent."""
         self._agent = agent
         self._epoch = epoch
         self._token = token
@@ -72,6 +75,7 @@ class Outbox:
         self._empty = asyncio.Event()
         self._empty.set()
         self._peer = HttpPeer()
+        self._pulse = HttpPeer(BEAT_TIMEOUT)  # a push may wait behind a pass, a heartbeat must not
         self.seq = 0
         self.acked = 0
 
@@ -126,11 +130,9 @@ class Outbox:
                 self._wake.clear()
                 continue
             self._retry.clear()
-            push = _RawPush(self._agent, self._epoch, batch[0].seq, [msgspec.Raw(entry.raw) for entry in batch])
+            sent = steady()
             try:
-                status, body = await self._peer.post(
-                    self.flow_url + "/agents/v1/push", msgspec.json.encode(push), self._token
-                )
+                status, body = await self._post(self._peer, batch[0].seq, [msgspec.Raw(entry.raw) for entry in batch])
                 problem = "" if status == 200 else f"HTTP {status}: {body[:300].decode(errors='replace')}"
                 reply = decode(PushReply, body) if status == 200 else PushReply(acked=self.acked)
             except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
@@ -139,14 +141,13 @@ class Outbox:
                 if told:
                     log.info("the flow answers again")
                 delay, told = RETRY_FIRST, False
-                self._on_contact()
+                self._on_contact(sent)
                 for result in reply.results:
                     self._on_result(result)
                 self._acknowledge(reply.acked)
                 continue
             if status == 409:
-                log.warning("this agent (epoch %d) has been replaced by a newer one", self._epoch)
-                self._on_fenced()
+                self._fenced()
                 return
             if not told:
                 log.warning("the flow at %s does not take what is reported (%s); it is kept", self.flow_url, problem)
@@ -157,8 +158,30 @@ class Outbox:
             except TimeoutError:
                 delay = min(RETRY_MOST, delay * 2)
 
+    async def beat(self) -> bool:
+        """A heartbeat: True if the flow has answered it."""
+        sent = steady()
+        try:
+            status, _ = await self._post(self._pulse, self.seq + 1, [])
+        except (OSError, http.client.HTTPException):
+            return False
+        if status == 200:
+            self._on_contact(sent)
+        elif status == 409:
+            self._fenced()
+        return status == 200
+
     def close(self) -> None:
         self._peer.close()
+        self._pulse.close()
+
+    async def _post(self, peer: HttpPeer, seq: int, items: list[msgspec.Raw]) -> tuple[int, bytes]:
+        push = _RawPush(self._agent, self._epoch, seq, items)
+        return await peer.post(self.flow_url + "/agents/v1/push", msgspec.json.encode(push), self._token)
+
+    def _fenced(self) -> None:
+        log.warning("this agent (epoch %d) has been replaced by a newer one", self._epoch)
+        self._on_fenced()
 
     def _batch(self) -> list[_Entry]:
         batch: list[_Entry] = []

@@ -63,6 +63,10 @@ class ProcessSpec:
     """Path; standard output and error are appended to it."""
     grace: float = 10.0
     """Seconds between TERM and KILL."""
+    lease: float | None = None
+    """Seconds after the last contact (`Spawner.note_contact`) at which the waiter stops the script by itself."""
+    lease_grace: float = 10.0
+    """The grace of that stop."""
     header: str = ""
     """Written to the log as a line of its own before the start. Must hold no secrets."""
     python: dict[str, Any] | None = None
@@ -83,6 +87,8 @@ class ExitRecord:
     """The command could not be started: what and where, in one line. `exit_code` is then 126 or 127, as in a shell."""
     stopped: bool = False
     """Its waiter had been asked to stop it."""
+    cut: bool = False
+    """Its lease had run out."""
     lost: bool = False
     """The waiter is gone and left no record."""
 
@@ -153,7 +159,8 @@ class Process:
                 record = json.load(file)
         except FileNotFoundError:
             return None
-        return ExitRecord(**{name: record[name] for name in ("key", "exit_code", "signal", "at", "error", "stopped")})
+        fields = {name: record[name] for name in ("key", "exit_code", "signal", "at", "error", "stopped")}
+        return ExitRecord(**fields, cut=record.get("cut", False))
 
     async def wait(self) -> ExitRecord:
         """Returns once the main process has ended, even if that was long ago.
@@ -416,12 +423,21 @@ def _records(folder: Path) -> _Records:
 class Spawner:
     """Starts processes through fork servers, which it starts when they are needed, and again when one died.
 
-    `record_dir` is where the records go (made if missing). `warm_app` is the app file that Python Works need imported,
-    `argv` its arguments. Needs a running event loop; one Spawner belongs to one loop.
+    `record_dir` is where the records go (made if missing), `contact` the file there that leases are counted from.
+    `warm_app` is the app file that Python Works need imported, `argv` its arguments. Needs a running event loop; one
+    Spawner belongs to one loop.
     """
 
-    def __init__(self, record_dir: Path, *, warm_app: str | None = None, argv: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        record_dir: Path,
+        *,
+        contact: str = "contact",
+        warm_app: str | None = None,
+        argv: Sequence[str] = (),
+    ) -> None:
         self.record_dir = Path(record_dir).absolute()
+        self._contact = self.record_dir / contact
         self.record_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._warm_argv = ["--warm", os.path.abspath(warm_app) if warm_app else "", *argv]
         self._light: _Zygote | None = None
@@ -443,7 +459,7 @@ class Spawner:
         for _ in range(3):
             server = await (self._light_server() if spec.python is None else self._warm_server())
             try:
-                return Process(self.record_dir, await server.start(spec.key, spec.grace, body))
+                return Process(self.record_dir, await server.start(spec, body))
             except _ServerGone as gone:
                 # Nobody is left who could start it, and the record, if there is one, is on disk: asking again is safe.
                 reason = str(gone)
@@ -457,6 +473,12 @@ class Spawner:
     async def warm(self) -> None:
         """Starts the fork server for Python Works and waits until it has imported app.py. Raises SpawnError."""
         await self._warm_server()
+
+    def note_contact(self, at: float) -> None:
+        """The flow was in contact at `at` (seconds, `waiter.steady`): what leases count from. Raises OSError."""
+        draft = self._contact.with_name(f"{self._contact.name}.tmp")
+        draft.write_text(repr(at))  # not synced: after a power cut there is nothing to stop
+        draft.rename(self._contact)
 
     async def aclose(self) -> None:
         """Stops the fork servers; what they started goes on."""
@@ -496,7 +518,7 @@ class Spawner:
             raise SpawnError("the agent is stopping")
         if old is not None:
             await old.aclose()
-        return await _Zygote.launch(self.record_dir, warm)
+        return await _Zygote.launch(self.record_dir, self._contact, warm)
 
 
 class _ServerGone(Exception):
@@ -517,12 +539,12 @@ class _Zygote:
         self.replies: asyncio.Task[None] | None = None
 
     @classmethod
-    async def launch(cls, record_dir: Path, warm: list[str]) -> _Zygote:
+    async def launch(cls, record_dir: Path, contact: Path, warm: list[str]) -> _Zygote:
         """Starts it and waits until it is ready. Raises SpawnError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                child = cls._popen(record_dir, warm, theirs)
+                child = cls._popen(record_dir, contact, warm, theirs)
             except OSError as error:
                 ours.close()
                 raise SpawnError(f"the fork server cannot be started: {error}") from error
@@ -545,10 +567,12 @@ class _Zygote:
         return record_dir / ("warm.log" if warm else "zygote.log")
 
     @classmethod
-    def _popen(cls, record_dir: Path, warm: list[str], control: socket.socket) -> subprocess.Popen[bytes]:
+    def _popen(
+        cls, record_dir: Path, contact: Path, warm: list[str], control: socket.socket
+    ) -> subprocess.Popen[bytes]:
         # Light: isolated, without site-packages. Warm: with what the user installed, but never the cwd on sys.path.
         flags = ["-P"] if warm else ["-I", "-S", "-X", "utf8"]
-        command = [sys.executable, *flags, zygote.__file__, str(record_dir), *warm]
+        command = [sys.executable, *flags, zygote.__file__, str(record_dir), str(contact), *warm]
         cwd = os.path.dirname(warm[1]) if warm and warm[1] else None
         output = os.open(cls._log(record_dir, warm), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
@@ -558,14 +582,16 @@ class _Zygote:
         finally:
             os.close(output)
 
-    async def start(self, key: str, grace: float, body: bytes) -> dict[str, Any]:
+    async def start(self, spec: ProcessSpec, body: bytes) -> dict[str, Any]:
+        key = spec.key
         if key in self.pending:
             return await asyncio.shield(self.pending[key])
         if not self.open:
             raise _ServerGone("the fork server has ended")
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.pending[key] = answer
-        self.writer.write(b"%s %r %s\n" % (key.encode(), float(grace), body))
+        lease = "-" if spec.lease is None else f"{spec.lease}:{spec.lease_grace}"
+        self.writer.write(b"%s %r %s %s\n" % (key.encode(), float(spec.grace), lease.encode(), body))
         return await answer
 
     async def _read(self) -> None:

@@ -44,6 +44,12 @@ class ReadyFile(Message, frozen=True, kw_only=True, omit_defaults=True):
     token: str
 
 
+class _Incarnation(Message, frozen=True, kw_only=True):
+    """What all files of an incarnation say."""
+
+    epoch: int
+
+
 class PlaceRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
     place: Place
     host: str
@@ -56,7 +62,8 @@ class AttemptRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
     start: StartCall
     """Without its secrets."""
     stopping: str = ""
-    """Reason of a stop that was asked for: stopped, replaced, timeout."""
+    """Why it is being stopped: stopped, replaced, timeout, lost (the flow has given it up); orphaned or fenced if the
+    agent has decided it."""
     ended: Ended | None = None
     acked: bool = False
     """The flow has journalled the end."""
@@ -91,6 +98,16 @@ class Records:
                 self.ready_file.unlink()
         except FileNotFoundError:
             return
+
+    def successor(self, epoch: int) -> bool:
+        """Whether a newer incarnation is here, or is being started: its spec is written before it is."""
+        for name in (self.ready_file, self._run / f"agent-{self._agent}.spec"):
+            try:
+                if decode(_Incarnation, name.read_bytes()).epoch > epoch:
+                    return True
+            except FileNotFoundError:
+                continue
+        return False
 
     def load_places(self) -> list[PlaceRecord]:
         try:

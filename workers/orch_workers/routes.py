@@ -41,7 +41,6 @@ def make_app(agent: Agent) -> FastAPI:
     def flow_route(path: str, handler: Callable[[Request], Awaitable[Any]], method: str = "POST") -> None:
         async def endpoint(request: Request) -> Response:
             _need_token(request, agent.spec.token)
-            agent.heard()
             return _json(await handler(request))
 
         app.add_api_route(path, endpoint, methods=[method], response_model=None)

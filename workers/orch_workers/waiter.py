@@ -7,6 +7,8 @@ A fork server (zygote.py) forks one waiter an attempt; `attend` is that waiter's
 2. It forks a child, which makes a process group of its own, claims the attempt by creating `<key>.run.json` (this fails
    if the key was ever used: at most one start an attempt), tells the agent its pid and becomes the script.
 3. It waits. SIGTERM means stop: TERM to the group, after the grace KILL (`<key>.stop.json` may name another grace).
+   An attempt with a lease is stopped as well once the flow has not answered the agent for that long: the agent notes
+   each answer in a file, so this holds however the agent fares.
 4. When the script has ended it writes `<key>.exit.json`, then ends what is left of the descendants, then exits.
 
 If the waiter is killed, the kernel kills the script (PDEATHSIG): an attempt without a waiter has no exit code.
@@ -45,7 +47,17 @@ else:
 
     ProcStat = namedtuple("ProcStat", "pid state ppid pgrp session start")
 
-__all__ = ["ProcStat", "attend", "boot_id", "descendants", "name_process", "proc_stat", "wake_pipe", "write_record"]
+__all__ = [
+    "ProcStat",
+    "attend",
+    "boot_id",
+    "descendants",
+    "name_process",
+    "proc_stat",
+    "steady",
+    "wake_pipe",
+    "write_record",
+]
 
 LINUX = sys.platform == "linux"
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -74,6 +86,11 @@ def boot_id() -> str:
     if not LINUX:
         return ""
     return _read("/proc/sys/kernel/random/boot_id").decode().strip()
+
+
+def steady() -> float:
+    """Seconds on a clock that all processes of this machine share and nobody sets; on Linux it runs during suspend."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME if LINUX else time.CLOCK_MONOTONIC)
 
 
 def proc_stat(pid: int) -> ProcStat | None:
@@ -172,15 +189,16 @@ def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False) 
 # ---- the waiter ------------------------------------------------------------------------------------------------------
 
 
-def attend(key: str, grace: float, request: bytes, record_dir: str, reply: Reply) -> NoReturn:
+def attend(key: str, grace: float, lease: str, request: bytes, record_dir: str, reply: Reply) -> NoReturn:
     """The life of a waiter, in a process just forked for it.
 
-    `request` is the JSON of a ProcessSpec. `reply` is called once, by the script's process, with the run record or with
-    what failed; with None by the waiter, which will not reply.
+    `request` is the JSON of a ProcessSpec. `lease` is "" or "<seconds>:<grace>:<path of the contact file>". `reply` is
+    called once, by the script's process, with the run record or with what failed; with None by the waiter, which will
+    not reply.
     """
     code = 1
     try:
-        _Waiter(key, grace, record_dir).live(request, reply)
+        _Waiter(key, grace, lease, record_dir).live(request, reply)
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -190,9 +208,11 @@ def attend(key: str, grace: float, request: bytes, record_dir: str, reply: Reply
 
 
 class _Waiter:
-    def __init__(self, key: str, grace: float, record_dir: str) -> None:
+    def __init__(self, key: str, grace: float, lease: str, record_dir: str) -> None:
         self.key = key
         self.grace = grace
+        self.lease = lease
+        self.cut = False  # the lease has run out
         self.base = os.path.join(record_dir, key)
         self.wake = wake_pipe()
         self.pid = 0
@@ -244,7 +264,10 @@ class _Waiter:
         """Until the script has ended; does what SIGTERM asks meanwhile."""
         killed = False
         while not self._reap():
-            self._sleep(None if self.deadline is None or killed else self.deadline - time.monotonic())
+            if self.deadline is None:
+                self._sleep(self._leased())
+            else:
+                self._sleep(None if killed else self.deadline - time.monotonic())
             first = self.deadline is None
             if self._stop_wanted() and first:
                 self._signal_all(signal.SIGTERM)
@@ -253,12 +276,28 @@ class _Waiter:
                 self._signal_all(signal.SIGKILL)
                 killed = True
 
+    def _leased(self) -> float | None:
+        """Seconds until the lease runs out as far as is known now; 0 asks for the stop. None without a lease."""
+        if not self.lease:
+            return None
+        seconds, _, path = self.lease.split(":", 2)
+        try:
+            with open(path) as file:
+                contact = float(file.read())
+        except (OSError, ValueError) as error:
+            sys.stderr.write(f"{path} does not tell of the last contact: the lease of {self.key} is over ({error})\n")
+            contact = 0.0
+        left = contact + float(seconds) - steady()
+        if left <= 0:
+            self.cut = self.stop_asked = True
+        return max(0.0, left)
+
     def _stop_wanted(self) -> bool:
         """Whether a stop was asked since the last look; it can only bring the deadline nearer."""
         if not self.stop_asked:
             return False
         self.stop_asked = False
-        grace = self.grace
+        grace = float(self.lease.split(":", 2)[1]) if self.cut else self.grace
         try:
             with open(f"{self.base}.stop.json") as file:
                 grace = float(json.load(file)["grace"])
@@ -316,6 +355,7 @@ class _Waiter:
             "at": time.time(),
             "error": error,
             "stopped": self.deadline is not None,
+            "cut": self.cut,
         }
         while True:
             try:

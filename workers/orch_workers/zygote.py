@@ -1,7 +1,8 @@
 """The fork server: imports once, then forks a waiter for every attempt it is asked to start.
 
-Started by the agent with one end of a socket pair as standard input. Requests are lines `<key> <grace> <json>`; answers
-are JSON lines, written by the fork server and by the processes it forked:
+Started by the agent with one end of a socket pair as standard input. Requests are lines `<key> <grace> <lease> <json>`,
+with a lease of "-" or "<seconds>:<grace>"; answers are JSON lines, written by the fork server and by the processes it
+forked:
 
     {"ready": true} or {"ready": false, "error", "traceback"}      once, when the imports are done
     {"started": key, ...run record} or {"failed": key, "error"}    by the process that becomes the script
@@ -34,8 +35,8 @@ __all__ = ["main"]
 
 
 def main(argv: list[str]) -> NoReturn:
-    """`argv`: record folder, then for the warm one: "--warm", app file ("" for none), its arguments."""
-    record_dir, *rest = argv
+    """`argv`: record folder, contact file, then for the warm one: "--warm", app file ("" for none), its arguments."""
+    record_dir, contact, *rest = argv
     control = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> NoReturn:
             os._exit(1)
     try:
         _send(control, {"ready": True})
-        _Server(control, record_dir).serve()
+        _Server(control, record_dir, contact).serve()
     except (BrokenPipeError, ConnectionResetError):  # the agent is gone
         os._exit(0)
 
@@ -83,8 +84,9 @@ def _import_app(app_file: str, app_argv: list[str]) -> dict[str, str] | None:
 
 
 class _Server:
-    def __init__(self, control: socket.socket, record_dir: str) -> None:
+    def __init__(self, control: socket.socket, record_dir: str, contact: str) -> None:
         self.control = control
+        self.contact = contact
         self.record_dir = record_dir
         self.children: dict[int, str] = {}
 
@@ -128,7 +130,7 @@ class _Server:
                 _send(self.control, {"reaped": key})
 
     def start(self, line: bytes) -> None:
-        key, grace, request = line.split(b" ", 2)
+        key, grace, lease, request = line.split(b" ", 3)
         name = key.decode()
         try:
             pid = os.fork()
@@ -136,7 +138,8 @@ class _Server:
             _send(self.control, {"failed": name, "error": f"cannot fork a process: {error.strerror}"})
             return
         if pid == 0:
-            waiter.attend(name, float(grace), request, self.record_dir, self.reply)
+            until = f"{lease.decode()}:{self.contact}" if lease != b"-" else ""
+            waiter.attend(name, float(grace), until, request, self.record_dir, self.reply)
         self.children[pid] = name
 
     def reply(self, answer: dict[str, Any] | None) -> None:

@@ -16,6 +16,10 @@ class Runtime(Protocol):
     """Implementations: local, ray, fake. One contract suite runs over all of them."""
 
     name: str
+    orphan_timeout: float | None
+    """Seconds without contact after which an agent stops its scripts and leaves; None: never."""
+    shared_records: bool
+    """A new incarnation of an agent finds what the one before has written down."""
 
     async def launch(self, spec: AgentSpec) -> Handle:
         """Start an agent and wait until it answers. Raises RuntimeLost with the reason."""
@@ -28,6 +32,18 @@ class Runtime(Protocol):
 
     async def ended(self, handle: Handle, timeout: float) -> bool:
         """True once the agent's process has ended; False if that takes longer than `timeout` seconds."""
+
+    async def reachable(self) -> bool:
+        """Whether this machine reaches anything of the runtime: else a silent agent says nothing about that agent."""
+
+    def found(self, agent: str) -> Handle | None:
+        """The handle of an agent that an earlier server left."""
+
+    def kill_started(self) -> None:
+        """End every agent that this object has launched: the app cannot be loaded, they have nothing to do."""
+
+    def reap(self) -> None:
+        """Collect agents that have exited."""
 
     async def adopt(self, handle: Handle) -> bool:
         """True if the handle's agent (this incarnation) is alive."""

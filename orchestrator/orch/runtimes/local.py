@@ -27,6 +27,8 @@ class LocalRuntime:
     """Agents are processes in a session of their own; a handle is what the agent wrote into its ready file."""
 
     name = "local"
+    orphan_timeout: float | None = None
+    shared_records = True
 
     def __init__(self, run_dir: Path, log_dir: Path) -> None:
         self._run = run_dir
@@ -98,6 +100,9 @@ class LocalRuntime:
 
     async def adopt(self, handle: Handle) -> bool:
         return find(handle["pid"], handle.get("pid_start"), handle.get("boot_id")) is not None
+
+    async def reachable(self) -> bool:
+        return True  # its agents are on this machine
 
     def found(self, agent: str) -> Handle | None:
         """The handle that an agent of an earlier server left here."""
