@@ -53,11 +53,11 @@ class Flow(Component):
 
     def stop(self, message: str = "") -> NoReturn:
         """End the app with exit code 0. The pass ends at this line; its changes are kept, its new calls dropped."""
-        self._in_pass("stop").leave("stop", message)
+        self._in_pass("stop").leave("stop", str(message))
 
     def fail(self, message: str) -> NoReturn:
         """End the app with exit code 1. The pass ends at this line; its changes are kept, its new calls dropped."""
-        self._in_pass("fail").leave("fail", message)
+        self._in_pass("fail").leave("fail", str(message))
 
     @property
     def flows(self) -> dict[str, Flow]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
@@ -110,9 +111,14 @@ class Pass:
         self.schedules: dict[str, Schedule] = {}
         self._asked: dict[str, tuple[str, str]] = {}
         self._numbers: dict[str, int] = {}
+        self.left: PassOver | None = None
+        """How the pass was ended from inside: also when a `finally` or a bare `except` got in the way."""
 
     def leave(self, how: str, message: str = "") -> NoReturn:
-        raise PassOver(how, message)
+        over = PassOver(how, message)
+        if self.left is None or (self.left.how == "blocked" and how != "blocked"):
+            self.left = over
+        raise over
 
     def _for(self, work: Work) -> WorkAsk:
         name = short_name(work.name)
@@ -129,7 +135,7 @@ class Pass:
         call = self._find(work, plain_args, plain_kwargs)
         blocking = not (work._options["parallel"] or self.parallel)
         if blocking and not call.done and not self._up(work, call):
-            raise PassOver("blocked", call.id)
+            self.leave("blocked", call.id)
         return call
 
     @staticmethod
@@ -511,8 +517,11 @@ class Program:
             return
         assert self.current is not None
         call = self.current.ask(self.root, (), {})
+        name = type(self.root).__name__
         if call.succeeded:
-            raise PassOver("stop", f"{type(self.root).__name__} has succeeded")
+            self.current.leave("stop", f"{name} has succeeded")
+        if call.failed:
+            self.current.leave("fail", f"{name} failed: {call.message or call.reason}")
 
     def _transaction(self, here: Pass, body: Callable[[], Any]) -> PassResult:
         began = perf_counter()
@@ -521,10 +530,10 @@ class Program:
         index = FLOW_INDEX.set(self.drive_index)
         result = PassResult(how="end")
         try:
-            try:
+            with suppress(PassOver):
                 result.value = body()
-            except PassOver as over:
-                result.how, result.message = over.how, over.message
+            if here.left is not None:
+                result.how, result.message = here.left.how, here.left.message
             if result.how in ("end", "blocked"):
                 result.layout, result.frontends = self._layout()
         except (Exception, SystemExit, RecursionError) as error:

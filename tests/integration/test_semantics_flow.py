@@ -970,6 +970,43 @@ def test_stop_and_fail_end_the_pass_at_that_line_changes_kept_calls_dropped(meth
     assert tester.passes == 1
 
 
+@pytest.mark.parametrize(("method", "code"), [("stop", 0), ("fail", 1)])
+def test_what_runs_behind_stop_and_fail_does_not_take_them_back(method: str, code: int) -> None:
+    def blocks(flow: Any) -> None:
+        try:
+            getattr(flow, method)("enough")
+        finally:
+            flow.log.append("finally")
+            flow.slow.run()
+
+    def swallows(flow: Any) -> None:
+        try:
+            getattr(flow, method)(ValueError("enough"))
+        except BaseException:
+            flow.log.append("except")
+        flow.slow.run()
+
+    for body, said in ((blocks, "finally"), (swallows, "except")):
+        tester = started(Passing(), body)
+        assert (tester.exit_code, tester.message, tester.passes) == (code, "enough", 1)
+        assert tester.state["vars"]["log"] == [said]
+        assert tester.calls("slow") == []
+
+
+def test_a_blocking_call_that_is_swallowed_has_not_reached_the_end() -> None:
+    def body(flow: Any) -> None:
+        try:
+            flow.slow.run()
+        except BaseException:
+            flow.count += 1
+
+    tester = started(Passing(), body, slow={"run_for": 5.0})
+    tester.until(lambda: tester.flow.slow.is_running)
+    tester.settle()
+    assert tester.state["vars"]["count"] == tester.passes < 5
+    tester.until(lambda: tester.flow.slow.has_succeeded)
+
+
 def test_children_orchestrate_when_their_parent_calls_them() -> None:
     class Child(Base):
         def declare(self) -> None:
@@ -1047,6 +1084,48 @@ def test_a_root_work_that_fails_fails_the_app() -> None:
     tester = AppTester(RootWork(), works={"root": {"exit_code": 3}})
     tester.until(lambda: tester.exit_code is not None)
     assert tester.exit_code == 1
+
+
+class RootService(ServiceWork):
+    def __init__(self, restart: str, raise_exception: bool) -> None:
+        super().__init__("serve", restart=restart, raise_exception=raise_exception)
+
+
+class LenientRoot(Work):
+    def __init__(self, retries: int = 0, parallel: bool = False) -> None:
+        super().__init__(raise_exception=False, retries=retries, retry_delay=3.0, parallel=parallel)
+
+    def run(self) -> None: ...
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_root_work_that_has_failed_for_good_fails_the_app_whatever_raise_exception_says(parallel: bool) -> None:
+    tester = AppTester(LenientRoot(2, parallel), works={"root": {"exit_code": 3}})
+    tester.until(lambda: tester.exit_code is not None)
+    assert (tester.exit_code, tester.stage) == (1, "failed")
+    assert tester.message == "LenientRoot failed: exit code 3"
+    assert tester.calls("root")[0].attempt == 3
+    tester.resume()
+    tester.fake("root").exit_code = 0
+    tester.until(lambda: tester.exit_code is not None)
+    assert (tester.exit_code, tester.stage) == (0, "stopped")
+
+
+def test_a_root_service_that_is_not_restarted_any_more_ends_the_app() -> None:
+    tester = AppTester(RootService("never", False), works={"root": {"run_for": 5.0, "exit_code": 1}})
+    tester.until(lambda: tester.exit_code is not None)
+    assert (tester.exit_code, tester.stage) == (1, "failed")
+
+
+def test_a_root_work_that_is_stopped_waits_for_its_restart() -> None:
+    tester = AppTester(LenientRoot(), works={"root": {"run_for": 50.0}})
+    tester.until(lambda: tester.flow.is_running)
+    tester.stop_work("root")
+    tester.settle()
+    assert (tester.exit_code, tester.stage) == (None, "running")
+    tester.restart_work("root")
+    tester.until(lambda: tester.exit_code is not None)
+    assert tester.exit_code == 0
 
 
 def test_a_service_is_a_work_too() -> None:
