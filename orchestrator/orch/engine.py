@@ -49,6 +49,7 @@ from orch.events import (
     Rest,
     RestartWork,
     Revised,
+    Routes,
     RunMethod,
     RunPass,
     SendDiffs,
@@ -970,6 +971,8 @@ class Engine:
             self.layout = result.layout
             self._emit(Layout(tabs=result.layout))
             self._emit(Frontends(frontends=result.frontends))
+        if result.routes is not None:
+            self._emit(Routes(routes=result.routes))
         if ops:
             rev = self.tree.rev
             self._tell_agents(ops, rev)

@@ -253,6 +253,12 @@ class Frontends(Instruction, frozen=True, kw_only=True):
     frontends: dict[str, dict[str, Any]]
 
 
+class Routes(Instruction, frozen=True, kw_only=True):
+    """The routes of configure_api, anew: flows came or went."""
+
+    routes: list[Any]
+
+
 class FileEvent(Instruction, frozen=True, kw_only=True):
     """A Drive manifest was committed."""
 

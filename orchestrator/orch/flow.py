@@ -36,7 +36,7 @@ class Flow(Component):
         return None
 
     def configure_api(self) -> list[Any]:
-        """A list of Get/Post/Put/Delete(route, method or function)."""
+        """A list of Get/Post/Put/Delete(route, method or function). Read at start, and anew when flows come or go."""
         return []
 
     # -- what users call

@@ -7,6 +7,7 @@ which commits it. Between passes the engine's diffs are applied here first, so t
 from __future__ import annotations
 
 import functools
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from orch.api import Route
 from orch.calls import BookView, Call, Reason, Stage, call_id, call_key, json_arguments, number_of, work_of
 from orch.component import Component, build, importable, short_name
 from orch.errors import CallError, OrchError, StateTypeError, UsageError
@@ -29,6 +31,8 @@ from orch.work import Work, WorkSpec, WorkView
 from orch_drive.drive import FLOW_INDEX
 
 __all__ = ["Pass", "PassInput", "PassOver", "PassResult", "Program", "Schedule", "WorkAsk", "with_calls"]
+
+PARAMETER = re.compile(r"\{\w+")
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +84,8 @@ class PassResult(msgspec.Struct, kw_only=True):
     schedules: dict[str, Schedule] = msgspec.field(default_factory=dict)
     layout: list[dict[str, Any]] | None = None
     frontends: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
+    routes: list[Any] | None = None
+    """What `Program.api_routes` gives now; None: no component came or went."""
     seconds: float = 0.0
     value: Any = None
     """Result of an API method."""
@@ -536,6 +542,8 @@ class Program:
                 result.how, result.message = here.left.how, here.left.message
             if result.how in ("end", "blocked"):
                 result.layout, result.frontends = self._layout()
+                if here.records:
+                    result.routes = self.api_routes()
         except (Exception, SystemExit, RecursionError) as error:
             return PassResult(
                 how="error",
@@ -631,15 +639,21 @@ class Program:
                     tabs.append({"name": member.display_name, "component": short_name(member.name), "kind": "work"})
         return tabs
 
-    def api_routes(self) -> list[tuple[Flow, Any]]:
-        """(flow, route) of every flow's configure_api. Raises UsageError for a duplicate."""
+    def api_routes(self) -> list[tuple[Flow, Route]]:
+        """(flow, route) of every flow's configure_api. Raises UsageError for a duplicate and for what is no route."""
         found: dict[tuple[str, str], str] = {}
-        routes: list[tuple[Flow, Any]] = []
+        routes: list[tuple[Flow, Route]] = []
         if not isinstance(self.root, Flow):
             return []
         for flow in self.root._flows_first():
-            for route in flow.configure_api() or []:
-                where = (route.method, route.route)
+            declared = flow.configure_api() or []
+            for route in declared if isinstance(declared, Iterable) else [declared]:
+                if not isinstance(route, Route):
+                    raise UsageError(
+                        f"{flow.name}.configure_api(): {route!r} is no route",
+                        hint="give a list of Get, Post, Put or Delete(route, method)",
+                    )
+                where = (route.method, PARAMETER.sub("{", route.route))  # whatever its parameters are called
                 if where in found:
                     raise UsageError(f"{route.method} {route.route} is declared by {found[where]} and by {flow.name}")
                 found[where] = flow.name

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import http.client
-import inspect
 import logging
 import os
 import secrets as random_secrets
@@ -64,7 +63,9 @@ from orch.wire import (
 from orch.work import WorkSpec
 
 if TYPE_CHECKING:
+    from orch.api import Route
     from orch.cli.options import RunOptions
+    from orch.flow import Flow
     from orch.server.serve import HttpServer
 
 __all__ = ["ConsoleLike", "Service", "serve"]
@@ -362,7 +363,7 @@ class Service:
         self.engine = Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
         if previous is not None:
             self.engine.restore(facts, clean=clean)
-        self._routes = [self._api_route(flow, route) for flow, route in self.program.api_routes()]
+        self._take_routes(self.program.api_routes())
 
     def _ask_secrets(self, names: list[str]) -> None:
         """The run that is resumed had these; their values were never written down."""
@@ -376,11 +377,17 @@ class Service:
                     )
                 self._secrets[name] = value
 
-    def _api_route(self, flow: Any, route: Any) -> ApiRoute:
-        async def invoke(kwargs: dict[str, Any]) -> Any:
+    def _take_routes(self, routes: list[Any]) -> None:
+        self._routes = [self._api_route(flow, route) for flow, route in routes]
+
+    def _api_route(self, flow: Flow, route: Route) -> ApiRoute:
+        name = flow.name
+
+        async def invoke(answer: Callable[[], Any]) -> Any:
             def method() -> Any:
-                value = route.endpoint(**kwargs)
-                return asyncio.run(value) if inspect.iscoroutine(value) else value
+                if flow._find_program() is None:  # by a pass that this request has waited for
+                    raise NotFound(f"the flow {name} was removed")
+                return answer()
 
             value, _ = await self._ask(lambda ticket: e.ApiRequest(ticket=ticket, method=method))
             return value
@@ -562,6 +569,8 @@ class Service:
                 self._publish("layout", {"tabs": tabs})
             case e.Frontends(frontends=frontends):
                 self._put(e.Hidden(specs=self._page_specs(frontends)))
+            case e.Routes(routes=routes):
+                self._take_routes(routes)
             case e.FileEvent(drive=drive, manifest=manifest):
                 self._file_event(drive, manifest)
             case e.Note(level=level, text=text):

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from orch.api import Route
 from orch.calls import Call
 from orch.component import decode_argument, short_name
 from orch.engine import Config, Engine
@@ -45,6 +46,7 @@ from orch.events import (
     ReplaceAgent,
     Reply,
     RestartWork,
+    Routes,
     RunMethod,
     RunPass,
     StartCalls,
@@ -141,6 +143,8 @@ class AppTester:
         self.passes = 0
         self.revisions: list[Any] = []
         self.facts: dict[str, dict[str, Any]] = {}
+        self.routes: list[tuple[Flow, Route]] = []
+        """What `configure_api` of every flow gives."""
         self._wanted = works or {}
         self._class = type(flow)
         self._record = flow._record
@@ -161,6 +165,7 @@ class AppTester:
     ) -> None:
         self.program = program
         self.flow = program.root
+        self.routes = program.api_routes()
         config = Config(app="test", run=1, base_url="http://testserver")
         self.engine = Engine(config, tree or program.node(), program.specs(), rev=rev)
         if tree is not None:
@@ -457,6 +462,8 @@ class AppTester:
             case PollAgent(agent=agent) if self._silent_since is None:
                 status = self._agent_up(agent).status
                 self._queue.append(lambda: self._event(AgentPolled(agent=agent, status=status)))
+            case Routes(routes=routes):
+                self.routes = routes
             case Note(text=text):
                 self.notes.append(text)
             case Exit(code=code, message=message):

@@ -14,8 +14,8 @@ from testkit import RunningApp, wait_until
 Apps = Callable[..., RunningApp]
 
 APP = """
-from fastapi import HTTPException
-from orch import App, Delete, Flow, Get, Post, Put, ScriptWork, ServiceWork, StaticFrontend
+from fastapi import HTTPException, Request
+from orch import App, Delete, Dict, Flow, Get, Post, Put, ScriptWork, ServiceWork, StaticFrontend
 
 
 class Child(Flow):
@@ -35,10 +35,25 @@ class Child(Flow):
         return {"word": self.words[n] * times}
 
 
+class Late(Flow):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+        self.hits = 0
+
+    def configure_api(self):
+        return [Post(f"/late/{self.number}", self.hit)]
+
+    async def hit(self, request: Request):
+        self.hits += len(await request.body())
+        return self.hits
+
+
 class Root(Flow):
     def __init__(self):
         super().__init__()
         self.x = 1
+        self.late = Dict()
         self.d = {"a": {"b": 1}, "a/b~c": 1}
         self.rows = [1]
         self.seen = []
@@ -59,7 +74,19 @@ class Root(Flow):
         ]
 
     def configure_api(self):
-        return [Post("/add", self.add), Put("/set/{n}", self.put), Delete("/rows", self.clear)]
+        return [
+            Post("/add", self.add),
+            Put("/set/{n}", self.put),
+            Delete("/rows", self.clear),
+            Post("/late", self.make),
+            Delete("/gone/{n}", self.drop),
+        ]
+
+    def make(self, n: int):
+        self.late[str(n)] = Late(n)
+
+    def drop(self, n: int):
+        del self.late[str(n)]
 
     def add(self, n: int = 1):
         self.x += n
@@ -290,6 +317,13 @@ def check_flow_routes(rest: Rest) -> None:
     assert rest("GET", "/state/vars/rows").json() == []
     paths = app.request("GET", "/openapi.json").json()["paths"]
     assert {"/add", "/set/{n}", "/child/{n}", "/api/v1/state"} <= paths.keys()
+    # Flows made and removed later bring their routes and take them away.
+    assert app.request("POST", "/late/7").status_code == 404
+    assert app.request("POST", "/late?n=7").status_code == 200
+    assert app.request("POST", "/late/7", content=b"x" * 1_000_000).json() == 1_000_000
+    assert app.request("POST", "/late/7").json() == 1_000_000
+    assert app.request("DELETE", "/gone/7").status_code == 200
+    assert app.request("POST", "/late/7").status_code == 404
     assert app.request("GET", "/docs").status_code == 200
 
 

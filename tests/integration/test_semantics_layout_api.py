@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fastapi import HTTPException
 
-from orch import Delete, Flow, Get, Post, Put, ScriptWork, ServiceWork, StaticFrontend, StreamlitFrontend
+from orch import Delete, Flow, Get, List, Post, Put, ScriptWork, ServiceWork, StaticFrontend, StreamlitFrontend
 from orch.errors import OrchError, UsageError
 from orch.events import ApiRequest
 from orch.program import Program
@@ -203,6 +203,7 @@ ROUTES: dict[str, list[Any]] = {
     "two": [(Get, "/a"), (Post, "a"), (Put, "/b"), (Delete, "/b/{x}")],
     "one": [(Get, "/c")],
     "same": [(Post, "/a")],
+    "other": [(Delete, "/b/{other}")],
 }
 
 
@@ -226,6 +227,66 @@ def test_every_flows_routes() -> None:
 def test_a_duplicate_is_an_error_that_names_both() -> None:
     with pytest.raises(UsageError, match=r"POST /a .*root.* and by root\.child"):
         Program(Parent("two", "same")).api_routes()
+
+
+def test_a_route_is_a_duplicate_whatever_its_parameters_are_called() -> None:
+    with pytest.raises(UsageError, match=r"DELETE /b/\{other\} .*root.* and by root\.child"):
+        Program(Parent("two", "other")).api_routes()
+
+
+@pytest.mark.parametrize("what", ["one", ["/a"], {"a": 1}, len])
+def test_what_is_no_list_of_routes_is_refused_naming_the_flow(what: Any) -> None:
+    flow = Parent("two", "one")
+    object.__setattr__(flow.child, "configure_api", lambda: what)
+    with pytest.raises(UsageError, match=r"root\.child\.configure_api\(\)"):
+        Program(flow).api_routes()
+
+
+class Growing(Api):
+    def __init__(self) -> None:
+        super().__init__("two")
+        self.members = List()
+        self.wanted: list[str] = []
+        self.drop = False
+
+    def run(self) -> None:
+        while self.wanted:
+            self.members.append(Api(self.wanted.pop()))
+        if self.drop:
+            self.drop = False
+            self.members.pop(0)
+
+
+def paths(tester: AppTester) -> list[tuple[str, str]]:
+    return [(flow.name, route.route) for flow, route in tester.routes if flow is not tester.flow]
+
+
+def test_routes_of_flows_made_and_removed_in_passes_come_and_go_with_them() -> None:
+    tester = AppTester(Growing())
+    tester.settle()
+    assert paths(tester) == []
+    tester.set("wanted", ["one"])
+    tester.settle()
+    assert paths(tester) == [("root.members.0", "/c")]
+    tester.restart_server()
+    assert paths(tester) == [("root.members.0", "/c")]
+    tester.set("drop", True)
+    tester.settle()
+    assert paths(tester) == []
+
+
+def test_a_duplicate_made_in_a_pass_fails_it_made_in_a_method_fails_the_method() -> None:
+    tester = AppTester(Growing())
+    tester.settle()
+    with pytest.raises(UsageError, match="POST /a"):
+        tester.call_method(lambda: tester.flow.members.append(Api("same")))
+    assert (tester.exit_code, len(tester.flow.members), paths(tester)) == (None, 0, [])
+    tester.call_method(lambda: tester.flow.members.append(Api("one")))
+    assert [route for _, route in paths(tester)] == ["/c"]
+    tester.set("wanted", ["same"])
+    tester.settle()
+    assert tester.exit_code == 1
+    assert "POST /a is declared by root and by root.members" in tester.message
 
 
 def test_a_methods_changes_are_one_revision_answered_after_it() -> None:

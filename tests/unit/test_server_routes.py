@@ -7,15 +7,17 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import pytest
 from fake_backend import FakeBackend
-from fastapi import HTTPException, Query
+from fastapi import BackgroundTasks, Form, HTTPException, Query, Request, Response, UploadFile
 from http_face import in_memory, served
 
+from orch.calls import Call, Stage
 from orch.errors import RuntimeLost
 from orch.server.backend import ApiRoute
 from orch.server.context import Context
@@ -316,8 +318,8 @@ async def test_own_errors_keep_their_status(backend: FakeBackend) -> None:
 
 
 def route(method: str, path: str, endpoint: Any) -> ApiRoute:
-    async def invoke(kwargs: dict[str, Any]) -> Any:
-        return endpoint(**kwargs)
+    async def invoke(answer: Callable[[], Any]) -> Any:
+        return await asyncio.to_thread(answer)
 
     return ApiRoute(method, path, endpoint, invoke)
 
@@ -354,6 +356,75 @@ async def test_routes_of_flows_follow_fastapis_rules(backend: FakeBackend) -> No
         backend.routes = backend.routes[:1]
         assert (await http.post("/store", json={"a": 1})).status_code == 404
         assert "/store" not in (await http.get("/openapi.json")).json()["paths"]
+
+
+async def test_methods_may_be_async_and_take_what_fastapi_gives(backend: FakeBackend) -> None:
+    async def posted(request: Request) -> int:
+        return len(await request.body())
+
+    async def uploaded(file: UploadFile, name: Annotated[str, Form()]) -> str:
+        return f"{name}: {len(await file.read())}"
+
+    def answered(response: Response, tasks: BackgroundTasks) -> str:
+        response.status_code = 201
+        response.headers["x-own"] = "1"
+        tasks.add_task(done.append, "task")
+        return "made"
+
+    done: list[str] = []
+    backend.routes = [route("POST", "/p", posted), route("POST", "/u", uploaded), route("GET", "/a", answered)]
+    large = b"x" * 3_000_000
+    async with served(backend) as http:  # (a body in many pieces)
+        assert (await http.post("/p", content=large)).json() == len(large)
+        assert (await http.post("/u", files={"file": large}, data={"name": "n"})).json() == "n: 3000000"
+        answer = await http.get("/a")
+        assert (answer.status_code, answer.json(), answer.headers["x-own"]) == (201, "made", "1")
+    assert done == ["task"]
+
+
+async def test_what_a_method_returns_is_encoded_where_it_ran(backend: FakeBackend) -> None:
+    rows = [1]
+
+    def method() -> Any:
+        return {"rows": rows, "call": Call(id="1-w-1", work="w", key="k"), "stage": Stage.FAILED}
+
+    async def invoke(answer: Callable[[], Any]) -> Any:
+        answered = answer()
+        rows.append(2)  # the next pass
+        return answered
+
+    backend.routes = [ApiRoute("GET", "/m", method, invoke)]
+    async with in_memory(backend) as http:
+        answer = (await http.get("/m")).json()
+    assert answer["rows"] == [1]
+    assert (answer["call"]["id"], answer["call"]["stage"], answer["stage"]) == ("1-w-1", "pending", "failed")
+
+
+async def test_an_error_of_a_method_is_named(backend: FakeBackend) -> None:
+    def method() -> int:
+        return 1 // 0
+
+    backend.routes = [route("GET", "/m", method)]
+    async with in_memory(backend) as http:
+        answer = await http.get("/m")
+    assert answer.status_code == 500
+    assert answer.json()["detail"].startswith("GET /m: ZeroDivisionError: ")
+
+
+@pytest.mark.parametrize("path", ["/api/v1/state/{name}", "/healthz", "/view/{work}", "/"])
+async def test_a_route_that_orchs_own_hides_is_said_once(
+    backend: FakeBackend, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def method(name: str = "", work: str = "") -> None: ...
+
+    backend.routes = [route("GET", path, method), route("GET", "/mine/{name}", method)]
+    async with in_memory(backend) as http:
+        await http.get("/mine/a")
+        backend.routes = [*backend.routes, route("GET", "/more", method)]
+        await http.get("/mine/a")
+    assert [r.getMessage() for r in caplog.records if "never reached" in r.getMessage()] == [
+        f"GET {path} of configure_api is never reached: orch has a route there"
+    ]
 
 
 async def test_a_route_that_fastapi_cannot_read_breaks_only_itself(backend: FakeBackend) -> None:

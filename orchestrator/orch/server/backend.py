@@ -55,13 +55,13 @@ ViewTarget = UpstreamTarget | StaticTarget | WaitingTarget
 
 @dataclass(frozen=True, slots=True)
 class ApiRoute:
-    """One route of `configure_api`: FastAPI reads `endpoint`'s signature for parameters; the server must call
-    `invoke(kwargs)`, which runs the endpoint between passes and raises what it raises."""
+    """One route of `configure_api`: FastAPI reads `endpoint`'s signature for parameters; `invoke(answer)` runs a
+    function that calls it, between passes and in their thread, and returns or raises what that does."""
 
     method: str
     route: str
     endpoint: Callable[..., Any]
-    invoke: Callable[[dict[str, Any]], Awaitable[Any]]
+    invoke: Callable[[Callable[[], Any]], Awaitable[Any]]
 
 
 class Backend(Protocol):
