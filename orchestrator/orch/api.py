@@ -13,13 +13,13 @@ class Route:
 
     method = "GET"
 
-    def __init__(self, route: str, endpoint: Callable[..., Any]) -> None:
+    def __init__(self, route: str, method: Callable[..., Any]) -> None:
         if not isinstance(route, str) or not route:
             raise ValueError(f"{type(self).__name__}({route!r}): a path such as '/train' is needed")
-        if not callable(endpoint):
+        if not callable(method):
             raise TypeError(f"{type(self).__name__}({route!r}): a method or a function is needed")
         self.route = "/" + route.lstrip("/")
-        self.endpoint = endpoint
+        self.endpoint = method
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.route!r}, {self.endpoint!r})"

@@ -646,7 +646,10 @@ class Program:
         if not isinstance(self.root, Flow):
             return []
         for flow in self.root._flows_first():
-            declared = flow.configure_api() or []
+            try:
+                declared = flow.configure_api() or []
+            except Exception as error:
+                raise UsageError(f"{flow.name}.configure_api(): {_describe(error)}") from error
             for route in declared if isinstance(declared, Iterable) else [declared]:
                 if not isinstance(route, Route):
                     raise UsageError(

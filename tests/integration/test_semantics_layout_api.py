@@ -242,6 +242,13 @@ def test_what_is_no_list_of_routes_is_refused_naming_the_flow(what: Any) -> None
         Program(flow).api_routes()
 
 
+def test_an_error_in_configure_api_is_named() -> None:
+    flow = Parent("two", "one")
+    object.__setattr__(flow.child, "configure_api", lambda: flow.nothing)
+    with pytest.raises(UsageError, match=r"root\.child\.configure_api\(\): AttributeError: .*nothing"):
+        Program(flow).api_routes()
+
+
 class Growing(Api):
     def __init__(self) -> None:
         super().__init__("two")
