@@ -119,7 +119,7 @@ def build(record: ComponentRecord) -> Any:
 class _Meta(type):
     """Records constructor arguments, and knows when `__init__` is over."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:
         component: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]
         where = cls.__name__
         record = ComponentRecord(
@@ -146,6 +146,8 @@ class Component(metaclass=_Meta):
     """What it is called without a parent: "root", or in a Work's own process the name it has in the tree."""
     _vars: Vars
     _children: dict[str, Component | Structure]
+    _late: set[str]
+    """Names of the children that `__init__` did not make."""
     _program: Program | None
     _reserved: frozenset[str] = frozenset()
     _container: Structure | None
@@ -158,6 +160,7 @@ class Component(metaclass=_Meta):
         self._attribute = ""
         self._given_name = "root"
         self._children = {}
+        self._late = set()
         self._program = None
         self._vars = Vars(self._report, where=self._where)
 

@@ -100,6 +100,8 @@ class Flow(Component):
             if program is not None:
                 program.record({"op": "remove", "path": f"{self._pointer}/vars/{name}"})
         Shadow.cast(type(self), name)
+        if not self._declaring:
+            self._late.add(name)
         if isinstance(value, Component):
             self._adopt(value, name, None)
             self._children[name] = value

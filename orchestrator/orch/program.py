@@ -323,12 +323,6 @@ class Program:
             self._created(here, member)
 
     def _created(self, here: Pass, child: Component) -> None:
-        assert child._parent is not None
-        if not importable(type(child)):
-            raise StateTypeError(
-                f"{child.name}: {type(child).__qualname__} cannot be imported by name: no resume could make it again",
-                hint="define the class at the top level of app.py or of a module beside it",
-            )
         used: dict[str, int] = {}
         for component in [child, *child._walk()]:
             if isinstance(component, Work):
@@ -336,6 +330,34 @@ class Program:
                 here.created[name] = component
                 used[name] = self._retired.get(name, 0)
                 component._view = WorkView(book=BookView(counter=used[name]))
+        self._note_component(here, child, used)
+        self._note_below(here, child, used)
+
+    def _note_below(self, here: Pass, parent: Component, used: dict[str, int]) -> None:
+        """What `parent` was given after it was made: building it again does not bring that back."""
+        for name, child in parent._children.items():
+            late = name in parent._late
+            if isinstance(child, Component):
+                members = [(child, late)]
+            else:
+                members = [
+                    (member, late or child._declared.get(key) is not member) for key, member in child._items.items()
+                ]
+                record = child._record()
+                if late or record["removed"] or any(is_late for _, is_late in members):
+                    self._note(here, child.name, record)
+            for member, is_late in members:
+                if is_late:
+                    self._note_component(here, member, used)
+                self._note_below(here, member, used)
+
+    def _note_component(self, here: Pass, child: Component, used: dict[str, int]) -> None:
+        assert child._parent is not None
+        if not importable(type(child)):
+            raise StateTypeError(
+                f"{child.name}: {type(child).__qualname__} cannot be imported by name: no resume could make it again",
+                hint="define the class at the top level of app.py or of a module beside it",
+            )
         record = {
             "kind": "component",
             "parent": child._parent.name,
@@ -425,6 +447,7 @@ class Program:
         name = record["attribute"]
         if name not in parent._children:
             setattr(parent, name, (List if record["kind"] == "List" else Dict)())
+            parent._late.add(name)
         structure = parent._children[name]
         if not isinstance(structure, Structure):
             raise AttributeError(f"{structure.name} is a {type(structure).__name__} now")
@@ -441,6 +464,7 @@ class Program:
                 return
             child = build(msgspec.convert(record["record"], ComponentRecord))
             setattr(parent, key, child)
+            parent._late.add(key)
         else:
             structure = parent._children[container]
             if not isinstance(structure, Structure):

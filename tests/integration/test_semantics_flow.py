@@ -597,9 +597,13 @@ def test_components_made_in_run_are_made_again_after_a_restart_before_the_first_
 
 
 class Picky(Work):
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any = None, *, cls: Any = None) -> None:
         super().__init__()
         self._value = value
+
+
+def test_constructor_arguments_may_have_any_name() -> None:
+    assert Picky(cls=Leaf)._record.kwargs == {"cls": {"$import": f"{Leaf.__module__}:Leaf"}}
 
 
 @pytest.mark.parametrize("value", [object(), {1}, lambda: 1, float("nan"), [object()], {"a": b""}])

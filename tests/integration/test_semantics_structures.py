@@ -165,6 +165,37 @@ def test_structures_inside_elements_go_with_them_and_are_restored_with_them() ->
     same_as_tree(tester)
 
 
+def test_what_a_flow_was_given_before_it_had_its_place_is_restored_with_it() -> None:
+    tester = started()
+
+    def make(flow: Any) -> None:
+        leaf = Leaf(3)
+        leaf.subs.append(ScriptWork("more", parallel=True))
+        leaf.late = Leaf(4)
+        leaf.late.subs.pop(0)
+        leaf.late.others = {"k": Leaf(5)}
+        leaf.late.others["k"].script = ScriptWork("deep", parallel=True)
+        flow.items.append(leaf)
+        leaf.late.others["k"].script.run("once")
+
+    change(tester, make)
+    for name in ("items.3", "items.4"):
+        assert {work for work in tester.engine.works if work.startswith(name)} == {
+            f"{name}.subs.0",
+            f"{name}.subs.1",
+            f"{name}.late.others.k.subs.0",
+            f"{name}.late.others.k.script",
+        }
+        before = tester.state["structures"]["items"]
+        tester.restart_server()
+        assert tester.state["structures"]["items"] == before
+        tester.settle()
+        tester.notes.clear()
+        same_as_tree(tester)
+        change(tester, lambda flow: flow.items.append(flow.items.pop(3)))  # what came late goes with it
+    assert tester.notes == []
+
+
 def test_a_dict_key_that_was_removed_and_used_again_is_restored_as_the_new_one() -> None:
     tester = started()
     change(tester, lambda flow: flow.table["a"].subs.append(ScriptWork("more", parallel=True)))
