@@ -16,6 +16,7 @@ import pytest
 from fake_flow import TOKEN, FakeFlow, alive, flow_with_agent
 
 from orch.wire import Diff, Ended, Progress, Ready, Started, VarOps
+from orch_workers import agent
 
 
 @pytest.fixture
@@ -291,6 +292,30 @@ async def test_state_file_follows(flow: FakeFlow) -> None:
     await flow.until(lambda: '{"lr":50}' in flow.log_of("w"))
     seen = {line for line in flow.log_of("w").splitlines() if line.startswith("{")}
     assert 3 <= len(seen) <= 20 and all(json.loads(line) for line in seen)
+
+
+async def test_records_that_cannot_be_written_stop_nothing_else(flow: FakeFlow) -> None:
+    await flow.place("w", {"x": 1})
+    await flow.start("w", ["python", "-c", "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)"])
+    await flow.until(lambda: flow.of(Started, "w"))
+    state_file = flow.orch_dir / "run" / "vars-w.json"
+    (flow.orch_dir / "run").rename(flow.orch_dir / "away")
+    flow.write("w", {"op": "replace", "path": "/x", "value": 2})
+    placed = await flow.place("late")
+    assert "agent-local.works" in placed.error and str(flow.orch_dir) in placed.error
+    reply = await flow.start("w", "true", n=2)
+    assert not reply.accepted and "1-w-2.1.json" in reply.error
+    (flow.orch_dir / "away").rename(flow.orch_dir / "run")
+    await flow.until(lambda: json.loads(state_file.read_text()) == {"x": 2})
+    assert not (await flow.place("late")).error
+    (flow.folder / "go").touch()
+    assert (await flow.ended("w")).exit_code == 0
+
+
+def test_a_failure_on_a_full_disk_names_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert agent._little_space(tmp_path) == ""
+    monkeypatch.setattr(agent, "LITTLE_SPACE", 1 << 62)
+    assert str(tmp_path) in agent._little_space(tmp_path / "not there", tmp_path)
 
 
 async def test_a_patch_while_the_flow_is_away_is_kept(flow: FakeFlow) -> None:

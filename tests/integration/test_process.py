@@ -343,6 +343,27 @@ async def test_a_key_starts_once(box: Box) -> None:
     await other.aclose()
 
 
+async def test_the_room_for_the_exit_record_is_taken_at_the_start(box: Box) -> None:
+    process = await box.child("waits_for_go.py")
+    await box.ready()
+    [room] = box.records.glob(f"{process.key}.exit.json.*")
+    taken = room.stat()
+    assert taken.st_blocks * 512 >= 4096
+    (box.folder / "go").write_text("6")
+    assert (await process.wait()).exit_code == 6
+    assert (box.records / f"{process.key}.exit.json").stat().st_ino == taken.st_ino
+
+
+async def test_a_stop_that_cannot_be_recorded_is_a_stop(box: Box) -> None:
+    process = await box.child("waits_for_go.py")
+    await box.ready()
+    (box.records / f"{process.key}.stop.json").mkdir()
+    async with asyncio.timeout(LONG):
+        await process.stop(0.1)
+    assert not process.alive
+    (box.records / f"{process.key}.stop.json").rmdir()
+
+
 async def test_forgotten_records_are_gone(box: Box) -> None:
     process = await box.spawner.start(box.spec("sleep", "600"))
     await process.stop(1.0)

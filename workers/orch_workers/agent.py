@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 TICK = 0.5
 """Seconds between looks at the logs of running works."""
 STATE_FILE_INTERVAL = 0.1
+STATE_FILE_RETRY = 1.0
 ACKNOWLEDGE_WITHIN = 2.0
 """Seconds that a script's PATCH waits for the flow before it is answered 202."""
 TAIL_BYTES = 64 * 1024
@@ -74,6 +75,8 @@ PLAIN_PROBE = 1.0
 BEAT = 2.0
 """Seconds between heartbeats, at most: a short lease asks for more."""
 BEAT_LEAST = 0.25
+LITTLE_SPACE = 1 << 20
+"""Bytes free on a disk below which a call's failure may come from that."""
 MIN_SECRET = 4
 """Characters below which a secret cannot be told from ordinary text."""
 
@@ -211,7 +214,9 @@ class Agent:
             for placed in self.works.values():
                 if placed.state_file_timer is not None:
                     placed.state_file_timer.cancel()
-                    self._write_state_file(placed)
+                    self._refresh_state_file(placed)
+                    if placed.state_file_timer is not None:
+                        placed.state_file_timer.cancel()
             self._outbox.close()
             await self._spawner.aclose()
         if self._failed is not None:
@@ -371,7 +376,8 @@ class Agent:
         )
 
     def place(self, asked: list[Place]) -> list[Placed]:
-        answers = []
+        answers: list[Placed] = []
+        new: list[str] = []
         for place in asked:
             work = self.works.get(place.work)
             if work is None:
@@ -381,6 +387,7 @@ class Agent:
                     answers.append(Placed(work=place.work, error=str(error)))
                     continue
                 work = self._install(place, host, port)
+                new.append(work.name)
             elif not work.fresh.is_set():  # adopted: the address stays, the vars are the tree's
                 token = work.place.token if work.attempt is not None and work.attempt.stage != "ended" else place.token
                 work.place = msgspec.structs.replace(place, token=token)
@@ -389,7 +396,13 @@ class Agent:
             answers.append(Placed(work=work.name, host=work.host, port=work.port))
             if place.python and self._warming is None:
                 self._warming = self._spawn(self._warm())
-        self._write_places()
+        try:
+            self._write_places()
+        except OSError as error:  # a later incarnation would not know them
+            for name in new:
+                del self.works[name]
+            message = f"its place cannot be recorded: {_explain(error)}"
+            return [Placed(work=a.work, error=message) if a.work in new else a for a in answers]
         return answers
 
     def start(self, asked: list[StartCall]) -> list[StartReply]:
@@ -417,7 +430,10 @@ class Agent:
             if work.state_file_timer is not None:
                 work.state_file_timer.cancel()
             self.records.state_file(name).unlink(missing_ok=True)
-        self._write_places()
+        try:
+            self._write_places()
+        except OSError as error:
+            log.error("the places of the works cannot be recorded: %s", _explain(error))
 
     def apply(self, diffs: list[Diff]) -> None:
         """Revisions under the works' vars, in revision order."""
@@ -640,10 +656,18 @@ class Agent:
     def _vars_changed(self, work: PlacedWork) -> None:
         if work.wants_state_file and work.state_file_timer is None:
             loop = asyncio.get_running_loop()
-            work.state_file_timer = loop.call_later(STATE_FILE_INTERVAL, self._write_state_file, work)
+            work.state_file_timer = loop.call_later(STATE_FILE_INTERVAL, self._refresh_state_file, work)
+
+    def _refresh_state_file(self, work: PlacedWork) -> None:
+        work.state_file_timer = None
+        try:
+            self._write_state_file(work)
+        except OSError as error:
+            log.warning("the vars of %s cannot be written, trying again: %s", work.name, _explain(error))
+            loop = asyncio.get_running_loop()
+            work.state_file_timer = loop.call_later(STATE_FILE_RETRY, self._refresh_state_file, work)
 
     def _write_state_file(self, work: PlacedWork) -> None:
-        work.state_file_timer = None
         write_atomic(self.records.state_file(work.name), msgspec.json.encode(work.live.view()))
 
     # -- starting and ending attempts ----------------------------------------------------------------------------------
@@ -672,7 +696,7 @@ class Agent:
         try:
             self.records.write_attempt(record)
         except OSError as error:
-            return f"the call cannot be recorded: {error}"
+            return f"the call cannot be recorded: {_explain(error)}"
         before = work.attempt
         attempt = work.attempt = self._make_attempt(record, dict(start.secrets))
         self._spawn(self._attend(attempt, before))
@@ -862,6 +886,8 @@ class Agent:
                     reason, message = "exception", _explain(error)
                 else:
                     log.warning("the last outputs of %s are not published: %s", attempt.key, _explain(error))
+        if reason in ("exit_code", "signal", "exception"):
+            message += _little_space(self._cwd(start), Path(self.spec.orch_dir))
         trace = outcome.traceback
         self._end(attempt, reason, message, exited=exited, result=result, traceback=trace, cut=bool(cut))
 
@@ -1212,7 +1238,19 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _little_space(*folders: Path) -> str:
+    """What to add to a failure if the disk of one of these folders is full, or nearly."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder).free
+            if free < LITTLE_SPACE:
+                return f" (the disk that holds {folder} is full: {free // 1024} KiB are free)"
+    return ""
+
+
 def _explain(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     hint = getattr(error, "hint", "")
     return f"{error} ({hint})" if hint else str(error)
 

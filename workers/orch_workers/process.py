@@ -197,7 +197,10 @@ class Process:
         """TERM to the whole group, KILL after `grace` seconds; returns when nothing is left. Again is harmless: another
         grace can only bring the end nearer. The waiter does it, also if this agent dies meanwhile."""
         if self._waiter_lives():
-            waiter.write_record(self._path("stop"), {"grace": grace})
+            try:
+                waiter.write_record(self._path("stop"), {"grace": grace})
+            except OSError as error:  # the waiter then takes the grace that it was started with
+                log.warning("the grace of %s cannot be recorded in %s: %s", self.key, self._path("stop"), error)
             self._signal_waiter(signal.SIGTERM)
             try:
                 async with asyncio.timeout(grace + PATIENCE):
@@ -222,6 +225,7 @@ class Process:
         # The run record first: an exit record alone says nothing, a run record alone would read as lost.
         for kind in ("run", "exit", "stop"):
             Path(self._path(kind)).unlink(missing_ok=True)
+        waiter.unreserve(self._path("exit"), self.waiter_pid)
 
     # -- inside
 

@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -173,7 +173,8 @@ class _Secrets:
 
 
 def _show(error: BaseException) -> None:
-    sys.stderr.write("".join(_trace(error)))
+    with suppress(OSError):  # a log that cannot be written hides nothing: the outcome says it too
+        sys.stderr.write("".join(_trace(error)))
 
 
 def _trace(error: BaseException) -> list[str]:

@@ -48,18 +48,13 @@ else:
     ProcStat = namedtuple("ProcStat", "pid state ppid pgrp session start")
 
 __all__ = [
-    "ProcStat",
-    "attend",
-    "boot_id",
-    "descendants",
-    "name_process",
-    "proc_stat",
-    "steady",
-    "wake_pipe",
-    "write_record",
-]
+    "ProcStat", "attend", "boot_id", "descendants", "name_process", "proc_stat", "reserve", "steady", "unreserve",
+    "wake_pipe", "write_record",
+]  # fmt: skip
 
 LINUX = sys.platform == "linux"
+ROOM = 4096
+"""Bytes of disk that an attempt takes at its start for the record of its end."""
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit codes of a command that cannot be started, as shells have them."""
 
@@ -162,13 +157,13 @@ def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False) 
     Raises FileExistsError if `exclusive` and there is one already, else OSError.
     """
     folder = os.path.dirname(path)
-    draft = f"{path}.{os.getpid()}.tmp"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    draft = _draft(path, os.getpid())
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600)  # not truncated: what was reserved for it is written over
     try:
         try:
             data = json.dumps(record).encode()
-            while data:
-                data = data[os.write(fd, data) :]
+            _write_all(fd, data)
+            os.ftruncate(fd, len(data))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -184,6 +179,38 @@ def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False) 
         os.fsync(folder_fd)
     finally:
         os.close(folder_fd)
+
+
+def reserve(path: str, pid: int) -> str:
+    """Take the room that the record `path`, to be written by the process `pid`, will need: a disk that fills up
+    meanwhile does not lose it. Returns the file that holds the room. Raises OSError."""
+    draft = _draft(path, pid)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        _write_all(fd, b" " * ROOM)
+    except OSError:
+        os.unlink(draft)
+        raise
+    finally:
+        os.close(fd)
+    return draft
+
+
+def unreserve(path: str, pid: int) -> None:
+    """Give back what was reserved, if the record was never written."""
+    try:
+        os.unlink(_draft(path, pid))
+    except FileNotFoundError:
+        pass
+
+
+def _draft(path: str, pid: int) -> str:
+    return f"{path}.{pid}.tmp"
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 # ---- the waiter ------------------------------------------------------------------------------------------------------
@@ -249,7 +276,7 @@ class _Waiter:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.start_pipe)
-            _become_script(request, f"{self.base}.run.json", waiter, tell, reply)
+            _become_script(request, self.base, waiter, tell, reply)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
         os.close(tell)
         reply(None)
@@ -461,12 +488,13 @@ def _open_log(path: str, header: str) -> int:
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
-def _become_script(request: bytes, record_path: str, waiter: int, tell: int, reply: Reply) -> NoReturn:
+def _become_script(request: bytes, base: str, waiter: int, tell: int, reply: Reply) -> NoReturn:
     """In the forked child: claim the attempt, put everything as a script expects it, exec (or run the Python Work).
 
     `tell` is a pipe to the waiter: one byte once the start is recorded, then, if there is no exec, the reason.
     """
     code = NOT_EXECUTABLE
+    record_path = f"{base}.run.json"
     try:
         os.setpgid(0, 0)
         # Python ignores SIGPIPE and SIGXFSZ, and what is ignored or blocked stays so through exec.
@@ -495,9 +523,13 @@ def _become_script(request: bytes, record_path: str, waiter: int, tell: int, rep
             "at": time.time(),
             "argv": spec["argv"],
         }
+        room = ""
         try:
+            room = reserve(f"{base}.exit.json", waiter)
             write_record(record_path, record, exclusive=True)
         except OSError as error:
+            if room:
+                os.unlink(room)
             reason = "it was started before" if isinstance(error, FileExistsError) else error.strerror
             reply({"failed": spec["key"], "error": f"cannot record the start in {record_path}: {reason}"})
             os._exit(code)
