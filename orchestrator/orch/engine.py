@@ -644,8 +644,10 @@ class Engine:
             failed = ended.move(Stage.FAILED, reason=reason, message=item.message)
             self._end(work, failed)
             if work.spec.raise_exception:
+                # Without an exit code nothing ran that could have written the traceback to the work's log.
+                logged = work.spec.name if item.exit_code is not None or not item.traceback else ""
                 where = f"\n{item.traceback}" if item.traceback else ""
-                self._fail_app(f"{work.spec.name} failed: {item.message or reason}{where}", now)
+                self._fail_app(f"{work.spec.name} failed: {item.message or reason}{where}", now, logged, failed.message)
         self._advance(work, now)
         self._maybe_exit(now)
 
@@ -987,7 +989,7 @@ class Engine:
         self._own_change(result.how, ops, method, now)
         self._revise([], "flow", now)
         for call in unfit:
-            self._fail_app(f"{call.work} failed: {call.message}", now)
+            self._fail_app(f"{call.work} failed: {call.message}", now, call.work, call.message)
         return rev
 
     def _asks(self, result: PassResult, now: float) -> tuple[list[KnownWork], list[Call]]:
@@ -1182,7 +1184,7 @@ class Engine:
             call = work.book.calls[waiting]
             self._end(work, call.move(Stage.FAILED, reason=Reason.EXCEPTION, message=message, finished_at=now))
         if work.spec.raise_exception and work.book.calls:
-            self._fail_app(f"{work.spec.name} failed: {message}", now)
+            self._fail_app(f"{work.spec.name} failed: {message}", now, work.spec.name, message)
 
     def _start_answered(self, event: StartAnswered, now: float) -> None:
         for name, reply in zip(event.works, event.replies, strict=True):
@@ -1348,9 +1350,9 @@ class Engine:
         self._fact("app", "stage", {"stage": stage, "message": message})
         self._revise([], "flow", now)
 
-    def _fail_app(self, message: str, now: float) -> None:
+    def _fail_app(self, message: str, now: float, work: str = "", detail: str = "") -> None:
         if self._alive:
-            self._emit(Note(level="error", text=message))
+            self._emit(Note(level="error", text=message, work=work, detail=detail))
         self._end_app(1, message, now)
 
     def _end_app(self, code: int, message: str, now: float) -> None:

@@ -269,6 +269,9 @@ class FileEvent(Instruction, frozen=True, kw_only=True):
 class Note(Instruction, frozen=True, kw_only=True):
     level: str
     text: str
+    work: str = ""
+    """Whose call's failure this tells of: `detail` says why, and the work's own log holds the rest of `text`."""
+    detail: str = ""
 
 
 class Exit(Instruction, frozen=True, kw_only=True):

@@ -241,13 +241,19 @@ def test_what_it_says(orch_app: Apps) -> None:
 
 ENDS = """
 from orch import App, Flow, ScriptWork, Work
+class Py(Work):
+    def run(self):
+        raise ValueError("a work's error")
 class Root(Flow):
     def __init__(self):
         super().__init__()
         self.n = 0
         self.how = ""
         self.w = ScriptWork(["python", "-c", "raise SystemExit(4)"], parallel=True)
+        self.py = Py(parallel=True)
     def run(self):
+        if self.how == "python":
+            self.py.run()
         if self.how == "stop":
             self.n = 1
             self.stop("all done")
@@ -268,4 +274,15 @@ def test_exit_codes(orch_app: Apps) -> None:
         assert app.wait_exit() == code, (how, app.output())
         assert said in app.output()[before:], how
         assert "Traceback" not in app.output()[before:]
-    assert json.loads(orch(app, "state", "get", "/app", "--json"))["run"] == 3
+        assert app.output()[before:].count(said) == 1, app.output()[before:]
+
+    # The failed call is named once, its traceback is in its log's lines.
+    before = len(app.output())
+    app.start()
+    app.set("/vars/how", "python")
+    assert app.wait_exit() == 1
+    lines = app.output()[before:].splitlines()
+    said_by = [line.partition(" ")[0] for line in lines if "ValueError: a work's error" in line]
+    assert sorted(said_by) == ["orch:", "py"], lines
+    assert sum("Traceback" in line for line in lines) == 1, lines
+    assert json.loads(orch(app, "state", "get", "/app", "--json"))["run"] == 4

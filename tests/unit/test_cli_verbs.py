@@ -312,6 +312,17 @@ def test_console_gives_each_work_a_colour_on_a_terminal(monkeypatch: pytest.Monk
     assert plain.getvalue() == "a | x\n"
 
 
+def test_console_tells_once_of_a_failure() -> None:
+    out, err = Stream(), Stream()
+    console = Console(out, err)
+    console.failed("w", "exit code 4")
+    console.work("w", "failed", "exit code 4")
+    assert (out.getvalue(), err.getvalue()) == ("", "orch: w failed: exit code 4\n")
+    console.work("v", "failed", "exit code 5")
+    console.failed("v", "exit code 5")
+    assert (out.getvalue().count("exit code 5"), err.getvalue().count("exit code 5")) == (1, 0)
+
+
 def test_console_survives_a_terminal_that_went_away() -> None:
     class Gone(Stream):
         writes = 0

@@ -70,6 +70,14 @@ class Console:
         tail = f" ({detail})" if detail else ""
         self._write(self._out, f"{self._prefix(name)} {self._paint(stage, STAGE_STYLES.get(stage, ''))}{tail}")
 
+    def failed(self, name: str, detail: str) -> None:
+        """A call has failed, and the app with it: said on stderr, and not once more as the work's stage."""
+        with self._lock:
+            told = self._stages.get(name) == ("failed", detail)
+            self._stages[name] = ("failed", detail)
+        if not told:
+            self.error(f"{name} failed{f': {detail}' if detail else ''}")
+
     def url(self, url_with_token: str) -> None:
         """The app is served."""
         seconds = time.monotonic() - self._started
