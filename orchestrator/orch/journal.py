@@ -394,6 +394,9 @@ def _related(pointer: str, tokens: tuple[str, ...]) -> bool:
     return path[:shorter] == tokens[:shorter]
 
 
+LONGEST_PATH = 504
+"""Bytes: SQLite's own limit of 512, less its suffix `-journal`."""
+
 _HINTS: Iterable[tuple[str, str, str]] = (
     ("SQLITE_FULL", "the disk is full", "free some space on that disk, then start the app again: it resumes"),
     ("SQLITE_READONLY", "it cannot be written", "check the permissions of the file and its folder, and the mount"),
@@ -413,6 +416,12 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorname", None) or type(error).__name__
+        length = len(os.fsencode(path.absolute()))
+        if code == "SQLITE_CANTOPEN" and length > LONGEST_PATH:
+            raise JournalError(
+                f"{path} cannot be opened: its path has {length} bytes, SQLite takes at most {LONGEST_PATH}",
+                hint="move the app to a folder with a shorter path",
+            ) from error
         for prefix, what, hint in _HINTS:
             if code.startswith(prefix):
                 raise JournalError(f"{path}: {what} ({error})", hint=hint) from error

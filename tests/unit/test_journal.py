@@ -389,3 +389,15 @@ def test_a_closed_journal_says_so(path: Path) -> None:
     journal.close()
     with pytest.raises(JournalError, match="closed"):
         journal.runs()
+
+
+def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
+    longest = 504
+    folder = tmp_path
+    while (room := longest - len(os.fsencode(folder)) - len("/state.db")) > 0:
+        folder /= "d" * (room - 1 if room < 200 else 100)
+    folder.mkdir(parents=True)
+    Journal.open(folder / "state.db").close()
+    with pytest.raises(JournalError, match=rf"505 bytes, SQLite takes at most {longest}") as caught:
+        Journal.open(folder / "statex.db")
+    assert "shorter" in caught.value.hint
