@@ -264,6 +264,9 @@ async def test_state_over_http(flow: FakeFlow) -> None:
             (http.patch("", json=[{"op": "change", "path": "/d"}]), 422, "change"),
             (http.put("/retrain", content="NaN"), 422, "expected"),
             (http.put("/retrain", content="[1,"), 422, "expected"),
+            (http.put("/retrain", content="1e999"), 422, "range"),
+            (http.put("/retrain", content=b'"\xff"'), 422, "utf-8"),
+            (http.put("/retrain", content="[" * 5000 + "]" * 5000), 422, "depth"),
             (http.patch("", json=[{"op": "test", "path": "/retrain", "value": 7}]), 409, "not 7"),
             (http.put("/retrain", content=b"1" * 5_000_000), 413, "MiB"),
         ]:
@@ -292,6 +295,13 @@ async def test_state_file_follows(flow: FakeFlow) -> None:
     await flow.until(lambda: '{"lr":50}' in flow.log_of("w"))
     seen = {line for line in flow.log_of("w").splitlines() if line.startswith("{")}
     assert 3 <= len(seen) <= 20 and all(json.loads(line) for line in seen)
+
+
+async def test_the_state_file_is_there_without_any_vars(flow: FakeFlow) -> None:
+    await flow.place("w")
+    await flow.start("w", ["bash", "-c", "cat $ORCH_STATE_FILE"])
+    assert (await flow.ended("w")).exit_code == 0
+    assert flow.log_of("w").splitlines()[-1] == "{}"
 
 
 async def test_records_that_cannot_be_written_stop_nothing_else(flow: FakeFlow) -> None:

@@ -778,9 +778,8 @@ class Agent:
                 start.command, start.script_args, start.args, shell=start.shell, values=values, python=sys.executable
             )
             _check_program(argv, cwd, env, shell=start.shell)
-            if work.live.base:
-                work.wants_state_file = True
-                self._write_state_file(work)
+            work.wants_state_file = True
+            self._write_state_file(work)
         attempt.parser = ProgressParser(argv)
         attempt.log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):

@@ -112,8 +112,8 @@ def make_app(agent: Agent) -> FastAPI:
     async def put_var(name: str, pointer: str, request: Request) -> Response:
         work = own(request, name)
         await agent.fresh(work)
-        value = _read(msgspec.Raw, await _body(request))
-        return _patched(await agent.patch(work, [_assignment(work, pointer, msgspec.json.decode(value))]))
+        value = _read(Any, await _body(request))
+        return _patched(await agent.patch(work, [_assignment(work, pointer, value)]))
 
     @app.post("/report/{name}", response_model=None)
     async def report(name: str, request: Request) -> Response:
@@ -154,7 +154,7 @@ def _read(kind: Any, body: bytes) -> Any:
     """The body as that kind of message. Raises Refused 422 naming the field."""
     try:
         return decode(kind, body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(422, f"the body is not what is expected here: {error}", hint="send JSON") from error
 
 
