@@ -778,7 +778,7 @@ class Engine:
         call = book.calls[book.current]
         book.last = call.id
         if not work.live:
-            self._end(work, call.move(Stage.STOPPED, reason=reason, finished_at=now, due=None))
+            self._end(work, call.move(Stage.STOPPED, reason=reason, message="", finished_at=now, due=None))
             return
         if work.stopping and not kill:
             return

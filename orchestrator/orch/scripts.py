@@ -17,6 +17,14 @@ __all__ = ["ScriptWork", "ServiceWork", "argument_error", "split_arguments"]
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{base_path\}")
 
 
+def _words(owner: str, args: Any) -> list[str]:
+    if isinstance(args, str):
+        return split(args, f"{owner}(args=...)")
+    if not isinstance(args, list | tuple):
+        raise StateTypeError(f"{owner}(args={args!r}): a str or a list of words is needed")
+    return [_word(value) for value in args]
+
+
 def _paths(owner: str, name: str, values: Any) -> list[str]:
     if isinstance(values, str):
         values = [values]
@@ -68,7 +76,7 @@ class ScriptWork(Work):
             raise StateTypeError(f"{owner}(command=..., shell=True): bash needs the command as one str")
         self._options.update(
             command=command if isinstance(command, str) else list(command),
-            script_args=split(args, f"{owner}(args=...)") if isinstance(args, str) else list(args),
+            script_args=_words(owner, args),
             inputs=_paths(owner, "inputs", inputs),
             outputs=_paths(owner, "outputs", outputs),
             drive=None if drive is None else _drive(owner, drive),

@@ -78,6 +78,8 @@ EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
 SLOW_PASS = 5.0
+UNREADABLE = 422
+"""HTTP status of a request that does not fit its message type: nothing of it was done."""
 
 
 class ConsoleLike(Protocol):
@@ -126,6 +128,8 @@ class _Link:
     """Its status is wanted although it pushes."""
     ending: bool = False
     """Given up, and being ended."""
+    singly: int = 0
+    """So many requests go one at a time: the agent could not read one of them."""
     task: asyncio.Task[None] = field(init=False)
 
 
@@ -756,7 +760,7 @@ class Service:
             kind = link.queue[0][0]
             batch: list[Any] = []
             for queued, message in link.queue:
-                if queued != kind or len(batch) >= 1000:
+                if queued != kind or len(batch) >= (1 if link.singly else 1000):
                     break
                 batch.append(message)
             try:
@@ -771,13 +775,22 @@ class Service:
             delay = 0.05
             if link.handle is not handle:
                 continue  # replaced meanwhile: that answer was another one's, and the queue a new one
+            link.heard = time.monotonic()
+            if status == UNREADABLE and len(batch) > 1:
+                link.singly = len(batch)
+                continue
+            link.singly = max(0, link.singly - len(batch))
             for _ in batch:
                 link.queue.popleft()
-            link.heard = time.monotonic()
             if status != 200:
-                self.console.warn(
-                    f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}"
-                )
+                why = f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}"
+                if status == UNREADABLE and kind == "place":
+                    self._put(e.PlacedWorks(agent=link.agent, placed=[Placed(work=m.work, error=why) for m in batch]))
+                elif status == UNREADABLE and kind == "start":
+                    no = [StartReply(call=m.call, attempt=m.attempt, accepted=False, error=why) for m in batch]
+                    self._put(e.StartAnswered(replies=no, works=[message.work for message in batch]))
+                else:
+                    self.console.warn(why)
                 continue
             if kind == "place":
                 self._put(e.PlacedWorks(agent=link.agent, placed=decode(list[Placed], body)))

@@ -149,6 +149,9 @@ class Work(Component):
             raise StateTypeError(f"{owner}(retries={retries!r}): a whole number of at least 0 is needed")
         if port is not None and (isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536):
             raise StateTypeError(f"{owner}(port={port!r}): a port from 1 to 65535 is needed")
+        for name, text in (("host", host), ("health", health), ("display_name", display_name)):
+            if text is not None and not isinstance(text, str):
+                raise StateTypeError(f"{owner}({name}={text!r}): a str is needed")
         for key, value in (env or {}).items():
             if not isinstance(key, str) or not isinstance(value, str):
                 raise StateTypeError(f"{owner}(env=...): {key!r}: {value!r} must both be str")

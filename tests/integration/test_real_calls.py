@@ -25,7 +25,8 @@ class Adds(Work):
         self.rows.append(list(args))
         self.told["a"] = {"b": 1}
         self.told["a"]["b"] += 1
-        return {"sum": sum(args), "kwargs": kwargs}
+        own = [self.status.stage, self.is_running, self.host, bool(self.port)]
+        return {"sum": sum(args), "kwargs": kwargs, "own": own}
 
 
 class Odd(Work):
@@ -119,7 +120,7 @@ def test_python_works(orch_app: Apps) -> None:
     app = orch_app(PYTHON)
     app.wait_state("/works/adds/status/stage", lambda stage: stage == "succeeded")
     [call] = app.work("adds")["calls"].values()
-    assert call["result"] == {"sum": 3, "kwargs": {"c": [3]}}
+    assert call["result"] == {"sum": 3, "kwargs": {"c": [3]}, "own": ["running", True, "127.0.0.1", True]}
     assert app.state("/works/adds/vars") == {"rows": [[1, 2]], "told": {"a": {"b": 2}}}
     app.wait_state("/vars/sum", lambda value: value == 3)
 
@@ -276,3 +277,29 @@ def test_calls(orch_app: Apps) -> None:
         assert answer.headers["content-type"] == "application/problem+json"
         assert {"type", "title", "status", "detail"} <= answer.json().keys()
     assert "keyword" in refused["keyword"].json()["detail"]
+
+
+UNREADABLE = """
+from orch import App, Flow, ScriptWork
+
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        self.first = ScriptWork("true", parallel=True)
+        self.odd = ScriptWork("true", parallel=True, raise_exception=False)
+        self.odd._options["cwd"] = 5
+        self.last = ScriptWork("true", parallel=True)
+
+    def run(self):
+        for work in self.works():
+            work.run()
+
+app = App(Root())
+"""
+
+
+def test_a_request_that_the_agent_cannot_read_fails_its_call_alone(orch_app: Apps) -> None:
+    app = orch_app(UNREADABLE)
+    wait_until(lambda: not {"pending", "running"} & set(app.get("/status")["works"].values()), 20, what=app.output)
+    assert app.get("/status")["works"] == {"first": "succeeded", "odd": "failed", "last": "succeeded"}
+    assert "cwd" in app.work("odd")["status"]["message"]

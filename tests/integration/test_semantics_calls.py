@@ -665,6 +665,7 @@ def test_a_stopped_call_is_never_a_cached_result_even_if_it_waited_for_a_retry()
     tester.set("flag", True)
     tester.advance(10)
     assert tester.calls("w")[0].stage is Stage.STOPPED
+    assert tester.calls("w")[0].message == "", "it waits for no retry any more"
     tester.advance(500)
     assert len(ids(tester)) == 1
     tester.set("flag", False)

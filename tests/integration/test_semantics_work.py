@@ -266,7 +266,7 @@ def test_run_appends_arguments_a_str_is_split_a_list_is_taken_as_it_is() -> None
 
 def test_constructor_args_and_everything_the_agent_needs_travel_with_the_start() -> None:
     options = {
-        "args": "--port {port}",
+        "args": ["--port", "{port}", 3, {"x": 1}],
         "inputs": ["data"],
         "outputs": "out",
         "cwd": "sub",
@@ -277,7 +277,7 @@ def test_constructor_args_and_everything_the_agent_needs_travel_with_the_start()
         "drive": Drive("d"),
     }
     start = started(Box(options=options)).fake("w").starts[0]
-    assert start.script_args == ["--port", "{port}"]
+    assert start.script_args == ["--port", "{port}", "3", '{"x":1}']
     assert (start.inputs, start.outputs, start.cwd, start.env["A"]) == (["data"], ["out"], "sub", "{port}")
     assert (start.timeout, start.grace, start.sync_interval) == (5.0, 3.0, 0.5)
     assert start.drive is not None
@@ -297,6 +297,10 @@ def test_constructor_args_and_everything_the_agent_needs_travel_with_the_start()
         ("port", 0),
         ("port", 70_000),
         ("env", {"A": 1}),
+        ("health", 5),
+        ("host", 127),
+        ("display_name", 1),
+        ("args", 5),
         ("cloud_compute", "gpu"),
         ("cloud_build_config", "numpy"),
         ("outputs", [1]),

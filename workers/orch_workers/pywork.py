@@ -25,13 +25,14 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
+from orch.calls import Stage
 from orch.component import decode_argument
 from orch.errors import OrchError, StateTypeError
 from orch.paths import write_atomic
 from orch.state import to_json
 from orch.tracked import LEAVES, Vars
 from orch.wire import Op, decode, encode
-from orch.work import Work, WorkView
+from orch.work import Status, Work, WorkView
 from orch_workers.live import LiveVars
 from orch_workers.messages import Batch, Changes, Outcome, Taken, Told, WorkOrder
 
@@ -95,7 +96,7 @@ def main(payload: dict[str, Any]) -> int:
 
 def _build(order: WorkOrder) -> Work:
     work = Work._build(order.record, order.work)
-    work._view = WorkView(host=order.host, port=order.port)
+    work._view = WorkView(host=order.host, port=order.port, status=Status(stage=Stage.RUNNING))
     return work
 
 
