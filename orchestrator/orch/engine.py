@@ -65,7 +65,7 @@ from orch.knowledge import KnownAgent, KnownWork
 from orch.program import PassInput, PassResult, Schedule
 from orch.schedule import following
 from orch.scripts import argument_error, split_arguments
-from orch.state import StateTree, parse_pointer, split_pointer
+from orch.state import StateTree, copy_json, parse_pointer, split_pointer
 from orch.wire import (
     AgentStatus,
     ComponentRecord,
@@ -761,7 +761,7 @@ class Engine:
             work=work.spec.name,
             token=self.config.work_token(work.spec.name),
             rev=self.tree.rev,
-            vars=_copied(values),
+            vars=copy_json(values),
             host=work.spec.host,
             port=work.port,
             python=work.spec.kind == "python",
@@ -914,7 +914,7 @@ class Engine:
         self.pass_seconds = result.seconds if self.passes == 1 else 0.9 * self.pass_seconds + 0.1 * result.seconds
         if result.how == "error":
             if method:
-                self._emit(ReloadProgram(tree=_copied(self.tree.root)))
+                self._emit(ReloadProgram(tree=copy_json(self.tree.root)))
                 self._emit(Reply(ticket=method, error=result.error))
                 return
             self._fail_app(f"{result.message}\n{result.traceback}", now)
@@ -922,7 +922,7 @@ class Engine:
         try:
             rev = self._commit_pass(result, method != 0, now)
         except OrchError as error:
-            self._emit(ReloadProgram(tree=_copied(self.tree.root)))
+            self._emit(ReloadProgram(tree=copy_json(self.tree.root)))
             if method:
                 self._emit(Reply(ticket=method, error=error))
             else:
@@ -1463,7 +1463,7 @@ class Engine:
 
     def attach_vars(self, agent: str) -> dict[str, WorkVars]:
         return {
-            work.spec.name: WorkVars(rev=self.tree.rev, vars=_copied(self.tree.get(work.spec.pointer + "/vars")))
+            work.spec.name: WorkVars(rev=self.tree.rev, vars=copy_json(self.tree.get(work.spec.pointer + "/vars")))
             for work in self.works.values()
             if work.agent == agent
         }
@@ -1485,7 +1485,3 @@ def _dotted(component: tuple[str, ...]) -> list[str]:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}/{name}" if name and name != "." else path
-
-
-def _copied(value: Any) -> Any:
-    return msgspec.json.decode(msgspec.json.encode(value))

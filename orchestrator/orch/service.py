@@ -47,6 +47,7 @@ from orch.runtimes.base import Handle, Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.server.sockets import bind_socket
+from orch.state import StateTree, copy_json
 from orch.wire import (
     AgentSpec,
     AgentStatus,
@@ -973,7 +974,7 @@ class Service:
             state = await self._journal(self.journal.at, self.run, rev)
             return _at(state, pointer), rev, head
         value = self.engine.tree.get(pointer)
-        return _copied(value), self.engine.tree.value_rev(pointer), head
+        return copy_json(value), self.engine.tree.value_rev(pointer), head
 
     async def _journalled(self) -> None:
         """Until what the tree holds is in the journal."""
@@ -983,9 +984,7 @@ class Service:
     async def _journal(self, method: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._journal_thread, method, *args)
 
-    async def patch(
-        self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None, create: bool = False
-    ) -> int:
+    async def patch(self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None) -> int:
         return int(await self._ask(lambda ticket: e.Patch(ticket=ticket, ops=ops, cause=cause, match=match)))
 
     async def wait_change(self, pointer: str, after: int, timeout: float) -> bool:
@@ -1264,11 +1263,5 @@ def _shown_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _copied(value: Any) -> Any:
-    return msgspec.json.decode(msgspec.json.encode(value))
-
-
 def _at(tree: Any, pointer: str) -> Any:
-    from orch.state import StateTree
-
     return StateTree(tree).get(pointer) if isinstance(tree, dict) else tree

@@ -56,9 +56,7 @@ class FakeBackend:
             raise NotFound(f"revision {rev} is not kept")
         return copy_json(self.tree.get(pointer)), self.tree.value_rev(pointer), self.tree.rev
 
-    async def patch(
-        self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None, create: bool = False
-    ) -> int:
+    async def patch(self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None) -> int:
         if match is not None and self.tree.value_rev(match[0]) != match[1]:
             raise StateMismatch(f"{match[0]} changed at {self.tree.value_rev(match[0])}")
         self.tree.apply(ops, self.tree.rev + 1, guard=True)

@@ -79,9 +79,7 @@ class Backend(Protocol):
     async def read(self, pointer: str, rev: int | None = None) -> tuple[Any, int, int]:
         """(plain JSON value, revision at which it last changed, head revision); only journalled revisions are seen."""
 
-    async def patch(
-        self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None, create: bool = False
-    ) -> int:
+    async def patch(self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None) -> int:
         """Apply all or nothing under `vars`; `match` = (pointer, value revision) or StateMismatch. Returns the revision
         once it is journalled."""
 
