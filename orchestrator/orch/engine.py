@@ -114,6 +114,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """A new incarnation of an agent finds what the one before has written down, wherever it is."""
     redact: Callable[[Any, str], None] | None = None
     """Raises when a secret's value is among what is to be stored: (value, where)."""
+    hide: Callable[[str], str] = lambda text: text
+    """Takes secrets out of what a failure says."""
 
 
 class Engine:
@@ -401,8 +403,7 @@ class Engine:
         """Validate and apply a user's diff as one revision; tell the agents and the flow."""
         if self.config.redact is not None:
             for op in ops:
-                if "value" in op:
-                    self.config.redact(op["value"], str(op.get("path", "")))
+                self.config.redact([op.get("path"), op.get("value")], str(op.get("path", "")))
         self._revise([], "flow", now)
         applied = self.tree.apply(ops, self.tree.rev + 1, guard=True)
         rev = self.tree.rev
@@ -950,8 +951,11 @@ class Engine:
         """What the pass changed and asked for, as one revision in one transaction."""
         if self.config.redact is not None:
             for op in result.ops:
-                if "value" in op:
-                    self.config.redact(op["value"], op["path"])
+                self.config.redact([op["path"], op.get("value")], op["path"])
+            for spec in result.created:
+                self.config.redact(spec, f"{spec.name}: its declaration")
+            for name, record in result.records.items():
+                self.config.redact(record, f"{name}: constructor arguments")
             for ask in result.asks:
                 for call in ask.new.values():
                     self.config.redact([call.args, call.kwargs], f"{ask.work}: call arguments")
@@ -1342,6 +1346,7 @@ class Engine:
         return self.settle(now)
 
     def _set_stage(self, stage: str, message: str, now: float) -> None:
+        message = self.config.hide(message)
         if stage == self.stage and message == self.message:
             return
         self.stage, self.message = stage, message

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -267,6 +267,12 @@ class Program:
 
     def works(self) -> list[Work]:
         return [component for component in self.components() if isinstance(component, Work)]
+
+    def variables(self) -> Iterator[tuple[str, Any]]:
+        """Every state variable, by its whole name (`root.ui.x`)."""
+        for component in self.components():
+            for name, value in component._vars.snapshot().items():
+                yield f"{component.name}.{name}", value
 
     def specs(self) -> list[WorkSpec]:
         return [work._spec() for work in self.works()]

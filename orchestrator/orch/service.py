@@ -47,7 +47,7 @@ from orch.runtimes.base import Handle, Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.server.sockets import bind_socket
-from orch.state import StateTree, copy_json
+from orch.state import StateTree, copy_json, format_pointer
 from orch.wire import (
     AgentSpec,
     AgentStatus,
@@ -154,6 +154,7 @@ class Service:
         self.interrupted = False
         self._detaching = False
         self._secrets = {name: value for name, value in options.secrets.items() if value}
+        self._secret_forms: dict[str, tuple[str, ...]] = {}
         self._inbox: asyncio.Queue[e.Event] = asyncio.Queue()
         self._tickets = count(1)
         self._futures: dict[int, asyncio.Future[Any]] = {}
@@ -354,6 +355,11 @@ class Service:
             self._work_tokens[kind] = value
         self._event_id = int(facts.get("event", {}).get("reserved", 0)) if facts else 0
         self._event_reserved = self._event_id
+        self._know_secrets()
+        for name, value in self.program.variables():
+            self.refuse_secrets(value, name)
+        for spec in self.program.specs():
+            self.refuse_secrets(spec, f"{spec.name}: its declaration")
         self._bind_drive()
         config = Config(
             app=self.name,
@@ -364,7 +370,8 @@ class Service:
             secrets=self._secrets,
             page_secrets={"ORCH_FLOW_TOKEN": self.token},
             shared_records=self._runtime.shared_records,
-            redact=self._refuse_secrets if self._secrets else None,
+            redact=self.refuse_secrets if self._secrets else None,
+            hide=self.redacted,
         )
         self.engine = Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
         if previous is not None:
@@ -1103,6 +1110,7 @@ class Service:
         }
 
     async def stop_app(self, message: str) -> None:
+        self.refuse_secrets(message, "the message")
         self.console.stopping(self._longest_grace())
         await self._ask(lambda ticket: e.StopApp(ticket=ticket, message=message))
 
@@ -1160,14 +1168,24 @@ class Service:
             text = text.replace(value, f"<{name}>")
         return text
 
-    def _refuse_secrets(self, value: Any, where: str) -> None:
-        text = msgspec.json.encode(value).decode()
-        for name, secret in self._secrets.items():
-            if secret in text or msgspec.json.encode(secret).decode()[1:-1] in text:
+    def refuse_secrets(self, value: Any, where: str) -> None:
+        data = value if isinstance(value, bytes) else msgspec.json.encode(value)
+        for name, forms in self._secret_forms.items():
+            if any(form.encode() in data for form in forms):
+                for form in forms:
+                    where = where.replace(form, f"<{name}>")
                 raise StateTypeError(
                     f"{where} holds the value of the secret {name}",
                     hint="secrets reach scripts by environment only, they are never stored",
                 )
+
+    def _know_secrets(self) -> None:
+        """All are given: the longest first, so that one which contains another is replaced as a whole."""
+        self._secrets = dict(sorted(self._secrets.items(), key=lambda item: -len(item[1])))
+        for name, value in self._secrets.items():
+            spellings = (value, format_pointer((value,))[1:])
+            escaped = tuple(msgspec.json.encode(spelling).decode()[1:-1] for spelling in spellings)
+            self._secret_forms[name] = tuple(dict.fromkeys(spellings + escaped))
 
     # -- logs and files -----------------------------------------------------------------------------------------------
 

@@ -9,8 +9,10 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
+import pytest
 from testkit import RunningApp, orch_command, wait_until
 
 Apps = Callable[..., RunningApp]
@@ -48,6 +50,7 @@ class Root(Flow):
     def __init__(self):
         super().__init__()
         self.note = ""
+        self.table = {}
         self.argv = sys.argv[1:]
         self.script = ScriptWork("tell.py", parallel=True, raise_exception=False, env={"OWN": "own", "BOTH": "work"},
                                  vars={"reply": ""})
@@ -177,6 +180,17 @@ def check_environment(app: RunningApp, folder: Path) -> None:
     # As a dict's key it is a value too.
     body[0]["value"] = {SECRET: 1}
     refused(app.request("PATCH", "/api/v1/state", content=json.dumps(body), headers=headers))
+    pointer = "/vars/table/" + SECRET.replace("~", "~0").replace("/", "~1")
+    body[0] = {"op": "add", "path": pointer, "value": 1}
+    refused(app.request("PATCH", "/api/v1/state", content=json.dumps(body), headers=headers))
+    refused(app.request("PUT", f"/api/v1/state{quote(pointer)}", json=1))
+    assert app.state("/vars/table") == {}
+    # What is no state either.
+    refused(app.request("POST", "/api/v1/app/stop", json={"message": "because of " + SECRET}))
+    refused(app.request("PUT", "/api/v1/drive/app/note.txt", content=SECRET.join(("x" * 500_000, "y"))))
+    answer = app.request("PUT", f"/api/v1/drive/app/{OTHER}", content=b"x")
+    assert (answer.status_code, "secret KEY" in answer.json()["detail"]) == (422, True)
+    assert app.get("/drive/app") == []
 
     for path in ("/state", "/works", "/status", "/app", "/layout"):
         text = app.request("GET", f"/api/v1{path}").text
@@ -224,6 +238,35 @@ def check_nowhere(app: RunningApp, folder: Path, stream: list[str]) -> None:
         found = [path for path in holders(value, folder / ".orch") if not path.startswith("logs/")]
         assert not found, found
         assert not [path for path in holders(value, folder / ".orch/logs") if path.startswith("agent-")]
+
+
+@pytest.mark.parametrize(
+    "attribute, words",
+    [
+        ("self.kept = {'deep': [value]}", "root.kept holds the value of the secret PASSWORD"),
+        ("self.kept = ScriptWork(['echo', value])", "kept: its declaration holds the value of the secret PASSWORD"),
+        ("self.kept = []", "not stored: <PASSWORD>"),
+    ],
+)
+def test_what_would_be_stored_at_the_start_is_refused(orch_app: Apps, attribute: str, words: str) -> None:
+    source = f"""
+import os
+from orch import App, Flow, ScriptWork
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        value = os.environ["PASSWORD"]
+        {attribute}
+    def run(self):
+        self.fail("not stored: " + os.environ["PASSWORD"])
+app = App(Root())
+"""
+    app = orch_app(source, env={"PASSWORD": OTHER}, start=False)
+    app.spawn("--secret", "PASSWORD")
+    assert app.wait_exit() == 1, app.output()
+    assert words in app.output(), app.output()
+    assert OTHER not in app.output()
+    assert not holders(OTHER, app.folder)
 
 
 def test_a_resumed_run_asks_for_its_secrets(orch_app: Apps) -> None:

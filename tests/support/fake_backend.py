@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from orch.errors import NotFound, StaleEpoch, StateError, StateMismatch
+import msgspec
+
+from orch.errors import NotFound, StaleEpoch, StateError, StateMismatch, StateTypeError
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.state import StateTree, copy_json
 from orch.wire import Op, Push, PushReply
@@ -47,6 +49,11 @@ class FakeBackend:
 
     def secret_values(self) -> list[str]:
         return self.secrets
+
+    def refuse_secrets(self, value: Any, where: str) -> None:
+        data = value if isinstance(value, bytes) else msgspec.json.encode(value)
+        if any(secret.encode() in data for secret in self.secrets):
+            raise StateTypeError(f"{where} holds a secret")
 
     # -- state
     async def read(self, pointer: str, rev: int | None = None) -> tuple[Any, int, int]:

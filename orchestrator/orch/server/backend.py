@@ -75,6 +75,9 @@ class Backend(Protocol):
     def secret_values(self) -> list[str]:
         """What must never be shown."""
 
+    def refuse_secrets(self, value: Any, where: str) -> None:
+        """Raises StateTypeError naming the secret whose value is in the bytes, or anywhere in the JSON value."""
+
     # -- state
     async def read(self, pointer: str, rev: int | None = None) -> tuple[Any, int, int]:
         """(plain JSON value, revision at which it last changed, head revision); only journalled revisions are seen."""

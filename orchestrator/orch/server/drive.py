@@ -252,13 +252,19 @@ def _resolve(
     return manifest
 
 
-async def _receive_file(request: Request, target: Path) -> None:
+async def _receive_file(context: Context, request: Request, target: Path) -> None:
+    """Raises StateTypeError for what holds a secret."""
+    overlap = max((len(value.encode()) for value in context.redactor.values()), default=1) - 1
+    seen = b""
     with target.open("wb") as file:
         while True:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             if data := message.get("body", b""):
+                seen += data
+                context.backend.refuse_secrets(seen, "the upload")
+                seen = seen[max(0, len(seen) - overlap) :]
                 await asyncio.to_thread(file.write, data)
             if not message.get("more_body", False):
                 return
@@ -318,9 +324,10 @@ def router(context: Context) -> APIRouter:
     async def put(drive: str, path: str, request: Request) -> Response:
         store = stores.get(drive)
         path = check_path(path)
+        context.backend.refuse_secrets(path, "the path")
         with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
             file = Path(folder, path.rpartition("/")[2])
-            await _receive_file(request, file)
+            await _receive_file(context, request, file)
             manifest = await asyncio.to_thread(store.publish, UPLOADER, path, file)
         await context.backend.published(drive, to_json(manifest))
         return Json(context, _version_row(manifest), 201, {"etag": f'"{manifest.entries[0].sha256}"'})
