@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from http import HTTPStatus
 from importlib import resources
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from orch._version import __version__
 from orch.errors import OrchError
-from orch.server import drive, events, shell, state, works
+from orch.server import drive, events, openapi, shell, state, works
 from orch.server.asgi import (
     HEAD_REQUEST,
     ClientGone,
@@ -55,7 +58,8 @@ class FlowApp:
     def __init__(self, context: Context, allow_hosts: Collection[str]) -> None:
         self._context = context
         self._proxy = Proxy(context)
-        self._api = _build_api(context, self._proxy)
+        self._api = _Api(context)
+        _add_routes(self._api, context, self._proxy)
         self._user_routes = UserRoutes(self._api, context)
         self._api.router.default = self._not_found
         self._guard = Guard(self._route, context.backend, allow_hosts)
@@ -128,18 +132,43 @@ def _internal() -> Problem:
     return Problem.plain(500, "something went wrong inside orch", hint="the server's log has the details")
 
 
-def _build_api(context: Context, proxy: Proxy) -> FastAPI:
+class _Api(FastAPI):
+    def __init__(self, context: Context) -> None:
+        super().__init__(title="orch", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+        self._context = context
+        self.routers = [module.router(context) for module in (state, events, works, drive)]
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = openapi.document(self, self._context.backend)
+        return self.openapi_schema
+
+    def methods(self, request: Request) -> str:
+        """What can be done at this path, as an Allow header says it."""
+        allowed: set[str] = set()
+        for route in chain(self.routes, *(router.routes for router in self.routers)):
+            if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+                allowed |= route.methods or set()
+        return ", ".join(sorted(allowed | ({"HEAD"} if "GET" in allowed else set())))
+
+
+def _add_routes(api: _Api, context: Context, proxy: Proxy) -> None:
     backend = context.backend
-    api = FastAPI(title="orch", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_error_handlers(api)
-    for module in (state, events, works, drive):
-        api.include_router(module.router(context))
+    _add_error_handlers(api, context)
+    for router in api.routers:
+        api.include_router(router)
 
     @api.get(HEALTH_PATH, tags=["server"], summary="Whether the server answers; needs no token")
     async def healthz() -> dict[str, str]:
         raise AssertionError("answered before the API is reached")
 
-    @api.get("/metrics", tags=["server"], summary="Numbers for Prometheus", response_class=Response)
+    @api.get(
+        "/metrics",
+        tags=["server"],
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses=openapi.content("text/plain"),
+    )
     async def metrics() -> Response:
         numbers = {**backend.metrics(), "proxy_websockets": float(proxy.open_websockets)}
         return Response(exposition(numbers), media_type=CONTENT_TYPE)
@@ -160,8 +189,6 @@ def _build_api(context: Context, proxy: Proxy) -> FastAPI:
             raise HTTPException(404, f"the shell has no file {path}")
         return Response(found[0], headers={"content-type": found[1], "cache-control": "no-cache"})
 
-    return api
-
 
 def _page(body: bytes) -> Response:
     response = Response(body, media_type="text/html", headers={"cache-control": "no-store"})
@@ -169,13 +196,13 @@ def _page(body: bytes) -> Response:
     return response
 
 
-def _respond(problem: Problem, headers: dict[str, str] | None = None) -> Response:
-    response = Response(problem.body(), problem.status, headers)
-    response.raw_headers.extend(problem.headers())
-    return response
+def _add_error_handlers(api: _Api, context: Context) -> None:
+    def respond(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+        # An error may quote what a script has said.
+        response = Response(context.redactor.json(problem.fields()), problem.status, headers)
+        response.raw_headers.extend(problem.headers())
+        return response
 
-
-def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(OrchError)
     @api.exception_handler(DriveError)
     async def own(_: Request, error: Any) -> Response:
@@ -183,17 +210,21 @@ def _add_error_handlers(api: FastAPI) -> None:
         if problem.status >= 500:
             log.error("%s", error, exc_info=error)
         headers = {"accept-patch": state.PATCH_TYPE} if problem.status == 415 else None
-        return _respond(problem, headers)
+        return respond(problem, headers)
 
     @api.exception_handler(HTTPException)
-    async def http(_: Request, error: Any) -> Response:
-        return _respond(Problem.plain(error.status_code, error.detail), error.headers)
+    async def http(request: Request, error: Any) -> Response:
+        headers = error.headers
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # Starlette names the methods of the first route at this path only.
+            headers = {"allow": api.methods(request)}
+        return respond(Problem.plain(error.status_code, error.detail), headers)
 
     @api.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: Any) -> Response:
         errors = [{"loc": list(item["loc"]), "msg": item["msg"], "type": item["type"]} for item in error.errors()]
         detail = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors)
-        return _respond(Problem.plain(422, detail, errors=errors))
+        return respond(Problem.plain(422, detail, errors=errors))
 
     @api.exception_handler(ClientGone)
     async def gone(_: Request, error: Any) -> Response:
@@ -201,4 +232,4 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def unexpected(_: Request, error: Any) -> Response:
-        return _respond(_internal())
+        return respond(_internal())

@@ -13,9 +13,11 @@ from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathParameter
 
 from orch.server.asgi import HEAD_REQUEST, ClientGone
 from orch.server.context import Context
+from orch.server.openapi import header, problems
 from orch.server.responses import Json, Stream, parse_etags
 from orch_drive import DriveAmbiguous, DrivePathError, DriveStore, Manifest
 from orch_drive.manifest import FileInfo, ManifestIndex, check_path, to_json
@@ -27,9 +29,19 @@ UPLOADER = "api"
 CHUNK = 256 * 1024
 DRIVE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 BINARY: dict[str, Any] = {
-    "requestBody": {"required": True, "content": {"application/octet-stream": {"schema": {"format": "binary"}}}}
+    "requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
 
+DOWNLOAD: dict[int | str, Any] = {
+    200: {"content": {"application/json": {}, "application/octet-stream": {}, "application/zip": {}, "*/*": {}}},
+    206: {"description": "The range of the file that was asked for", "content": {"*/*": {}}},
+    304: {"description": "Not changed"},
+}
+DOWNLOAD_HEADERS = [
+    header("If-None-Match", "an entity tag: if the file still has it, the answer is 304"),
+    header("Range", "bytes=first-last: a part of the file"),
+]
+DriveName = Annotated[str, PathParameter(json_schema_extra={"pattern": f"^{DRIVE_ID.pattern}$"})]
 ComponentQuery = Annotated[str | None, Query(description="only what this component published")]
 
 
@@ -287,7 +299,7 @@ def router(context: Context) -> APIRouter:
     stores = Stores(context)
 
     async def get(
-        drive: str,
+        drive: DriveName,
         path: str,
         request: Request,
         component: ComponentQuery = None,
@@ -313,7 +325,7 @@ def router(context: Context) -> APIRouter:
         )
 
     async def get_root(
-        drive: str,
+        drive: DriveName,
         request: Request,
         component: ComponentQuery = None,
         recursive: Annotated[bool, Query(description="all files, not only what lies at the top")] = False,
@@ -321,7 +333,7 @@ def router(context: Context) -> APIRouter:
         store = stores.get(drive)
         return await asyncio.to_thread(_read, context, store, ".", request, component, None, False, recursive, False)
 
-    async def put(drive: str, path: str, request: Request) -> Response:
+    async def put(drive: DriveName, path: str, request: Request) -> Response:
         store = stores.get(drive)
         path = check_path(path)
         context.backend.refuse_secrets(path, "the path")
@@ -332,18 +344,29 @@ def router(context: Context) -> APIRouter:
         await context.backend.published(drive, to_json(manifest))
         return Json(context, _version_row(manifest), 201, {"etag": f'"{manifest.entries[0].sha256}"'})
 
-    async def delete(drive: str, path: str, component: ComponentQuery = None) -> Response:
+    async def delete(drive: DriveName, path: str, component: ComponentQuery = None) -> Response:
         store = stores.get(drive)
         for manifest in await asyncio.to_thread(_delete, store, check_path(path), component):
             await context.backend.published(drive, to_json(manifest))
         return Response(status_code=204)
 
-    routes.add_api_route("/{drive}", get_root, summary="What lies at the top of a Drive")
-    routes.add_api_route("/{drive}/{path:path}", get, summary="A file's bytes, or what a folder holds")
+    routes.add_api_route("/{drive}", get_root, summary="What lies at the top of a Drive", responses=problems(422))
+    routes.add_api_route(
+        "/{drive}/{path:path}",
+        get,
+        summary="A file's bytes, or what a folder holds",
+        responses=DOWNLOAD | problems(404, 409, 416),
+        openapi_extra={"parameters": DOWNLOAD_HEADERS},
+    )
     routes.add_api_route(
         "/{drive}/{path:path}", put, methods=["PUT"], status_code=201, summary="Upload a file", openapi_extra=BINARY
     )
     routes.add_api_route(
-        "/{drive}/{path:path}", delete, methods=["DELETE"], status_code=204, summary="Delete a file or folder"
+        "/{drive}/{path:path}",
+        delete,
+        methods=["DELETE"],
+        status_code=204,
+        summary="Delete a file or folder",
+        responses=problems(404, 409),
     )
     return routes

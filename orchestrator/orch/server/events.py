@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from orch.server.backend import Event
 from orch.server.context import Context
+from orch.server.openapi import content, header, problems
 from orch.server.responses import BadBody, Stream
 
 __all__ = ["HEARTBEAT", "router", "sse"]
@@ -76,7 +77,8 @@ def router(context: Context) -> APIRouter:
         "/events",
         summary="Server-sent events: diffs, statuses, log lines, in order",
         response_class=Response,
-        responses={200: {"content": {"text/event-stream": {}}}},
+        responses=content("text/event-stream") | problems(400),
+        openapi_extra={"parameters": [header("Last-Event-ID", "as `after`, and counts more: what a browser repeats")]},
     )
     async def events(
         request: Request,

@@ -29,12 +29,16 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
     errors: list[Any] | None = None
 
-    def body(self) -> bytes:
-        """The document as JSON."""
-        fields = msgspec.to_builtins(self)
+    def fields(self) -> dict[str, Any]:
+        """The document."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
         if self.errors is None:
             del fields["errors"]
-        return msgspec.json.encode(fields)
+        return fields
+
+    def body(self) -> bytes:
+        """The document as JSON."""
+        return msgspec.json.encode(self.fields())
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What goes with the document."""

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from orch.errors import OrchError, StateMismatch, StatePathError
 from orch.server.asgi import HEAD_REQUEST
 from orch.server.context import Context
+from orch.server.openapi import REVISION, header, problems
 from orch.server.responses import BadBody, Json, UnsupportedType, etag, json_body, parse_etags
 from orch.wire import Op
 
@@ -27,7 +28,16 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 CAUSES = ("api", "ui")
 
-JSON_VALUE: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": {}}}}}
+POINTER = {"type": "string", "pattern": "^(/([^~]|~[01])*)?$", "examples": ["/flows/ui/vars/train_start"]}
+WRITE_HEADERS = [
+    header("If-Match", "the entity tag that the value must still have; else 412"),
+    header("X-Orch-Cause", "who the change is by", *CAUSES),
+]
+READ_EXTRA = {"parameters": [header("If-None-Match", "an entity tag: if the value still has it, the answer is 304")]}
+JSON_VALUE: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": {}}}},
+    "parameters": WRITE_HEADERS,
+}
 JSON_PATCH: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -36,19 +46,23 @@ JSON_PATCH: dict[str, Any] = {
                 "schema": {
                     "type": "array",
                     "items": {
-                        "type": "object",
-                        "required": ["op", "path"],
-                        "properties": {
-                            "op": {"enum": list(NEEDS)},
-                            "path": {"type": "string", "examples": ["/flows/ui/vars/train_start"]},
-                            "from": {"type": "string"},
-                            "value": {},
-                        },
+                        "oneOf": [
+                            {
+                                "type": "object",
+                                "required": ["op", *fields],
+                                "properties": {
+                                    "op": {"const": op},
+                                    **{field: {} if field == "value" else POINTER for field in fields},
+                                },
+                            }
+                            for op, fields in NEEDS.items()
+                        ]
                     },
                 }
             }
         },
-    }
+    },
+    "parameters": WRITE_HEADERS,
 }
 
 RevQuery = Annotated[int | None, Query(description="the value as it was at this revision, as far as it is kept", ge=0)]
@@ -164,7 +178,9 @@ def router(context: Context) -> APIRouter:
             closing.cancel()
             await asyncio.gather(change, closing, return_exceptions=True)
 
-    @routes.get("/state", summary="The whole state tree", responses={304: {}})
+    unchanged: dict[int | str, Any] = {304: {"description": "Not changed"}}
+
+    @routes.get("/state", summary="The whole state tree", responses=unchanged | problems(404), openapi_extra=READ_EXTRA)
     async def get_root(
         request: Request,
         rev: RevQuery = None,
@@ -173,7 +189,12 @@ def router(context: Context) -> APIRouter:
     ) -> Response:
         return await read("", request, rev, after, wait)
 
-    @routes.get("/state/{pointer:path}", summary="One value; the path is its JSON pointer", responses={304: {}})
+    @routes.get(
+        "/state/{pointer:path}",
+        summary="One value; the path is its JSON pointer",
+        responses=unchanged | problems(404),
+        openapi_extra=READ_EXTRA,
+    )
     async def get_value(
         pointer: str,
         request: Request,
@@ -183,7 +204,12 @@ def router(context: Context) -> APIRouter:
     ) -> Response:
         return await read("/" + pointer, request, rev, after, wait)
 
-    @routes.patch("/state", summary="Apply a JSON patch, all or nothing", openapi_extra=JSON_PATCH)
+    @routes.patch(
+        "/state",
+        summary="Apply a JSON patch, all or nothing",
+        responses=REVISION | problems(400, 409, 412, 413, 415, 422),
+        openapi_extra=JSON_PATCH,
+    )
     async def patch_state(request: Request) -> Response:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != PATCH_TYPE:
@@ -193,7 +219,12 @@ def router(context: Context) -> APIRouter:
         rev = await backend.patch(ops, cause=_cause(request), match=match)
         return Json(context, {"rev": rev}, headers={"etag": etag(rev)})
 
-    @routes.put("/state/{pointer:path}", summary="Set one value", openapi_extra=JSON_VALUE)
+    @routes.put(
+        "/state/{pointer:path}",
+        summary="Set one value",
+        responses=REVISION | problems(400, 409, 412, 413),
+        openapi_extra=JSON_VALUE,
+    )
     async def put_value(pointer: str, request: Request) -> Response:
         pointer = "/" + pointer
         value = await json_body(request)

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 from orch.errors import StateError
 from orch.server.context import Context
 from orch.server.logs import LogReader, compile_pattern, parse_since
+from orch.server.openapi import content, problems
 from orch.server.responses import Json, Stream, json_body
 
 __all__ = ["follow_logs", "router"]
@@ -96,19 +97,35 @@ def router(context: Context) -> APIRouter:
     async def works() -> Response:
         return Json(context, await backend.works())
 
-    @routes.get("/works/{name}", tags=["works"], summary="One work")
+    @routes.get("/works/{name}", tags=["works"], summary="One work", responses=problems(404))
     async def work(name: str) -> Response:
         return Json(context, await backend.work(name))
 
-    @routes.post("/works/{name}/stop", tags=["works"], summary="Stop the work's call and hold the work")
+    @routes.post(
+        "/works/{name}/stop",
+        tags=["works"],
+        summary="Stop the work's call and hold the work",
+        responses=problems(404),
+    )
     async def stop(name: str) -> Response:
         return Json(context, await backend.stop_work(name))
 
-    @routes.post("/works/{name}/restart", tags=["works"], summary="Stop, then the latest call again")
+    @routes.post(
+        "/works/{name}/restart",
+        tags=["works"],
+        summary="Stop, then the latest call again",
+        responses=problems(404, 422),
+    )
     async def restart(name: str) -> Response:
         return Json(context, await backend.restart_work(name))
 
-    @routes.post("/works/{name}/run", tags=["works"], summary="Ask for a call", openapi_extra=RUN_BODY)
+    @routes.post(
+        "/works/{name}/run",
+        tags=["works"],
+        summary="Ask for a call",
+        responses=problems(400, 404, 413),
+        openapi_extra=RUN_BODY,
+    )
     async def run(name: str, request: Request) -> Response:
         body = await _body(request, RunBody)
         return Json(context, await backend.run_work(name, body.args, body.kwargs))
@@ -118,7 +135,7 @@ def router(context: Context) -> APIRouter:
         tags=["works"],
         summary="What the work's scripts wrote, as text",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}},
+        responses=content("text/plain") | problems(404),
     )
     async def logs(
         name: str,
@@ -154,7 +171,13 @@ def router(context: Context) -> APIRouter:
     async def app() -> Response:
         return Json(context, await backend.app_info())
 
-    @routes.post("/app/stop", tags=["app"], summary="Stop the works and end the app", openapi_extra=STOP_BODY)
+    @routes.post(
+        "/app/stop",
+        tags=["app"],
+        summary="Stop the works and end the app",
+        responses=problems(400, 413, 422),
+        openapi_extra=STOP_BODY,
+    )
     async def stop_app(request: Request) -> Response:
         body = await _body(request, StopBody)
         await backend.stop_app(body.message)
