@@ -31,8 +31,9 @@ ROUNDS = 3
 def take_down(folder: AppFolder, say: Callable[[str], None], *, timeout: float = 60.0, grace: float = 10.0) -> None:
     """Blocks until all is gone; `say` gets one line for each thing that was ended.
 
-    timeout: seconds for the server, and for each agent, to end by itself. grace: seconds between TERM and KILL for
-    scripts that nobody watches any more. Raises OrchError naming what could not be ended.
+    timeout: seconds for the server, and for each agent, to end by itself. Scripts that nobody watches any more get the
+    grace of their Work between TERM and KILL; `grace`, in seconds, where no record tells it. Raises OrchError naming
+    what could not be ended.
     """
     if not folder.exists:
         say(f"nothing to end: no app has been run in {folder.root}")
@@ -69,7 +70,15 @@ def end_scripts(folder: AppFolder, say: Callable[[str], None], *, grace: float =
     if not found:
         return 0
     with ThreadPoolExecutor(min(len(found), 64), thread_name_prefix="orch-end") as pool:
-        return sum(list(pool.map(lambda each: _end_script(each[0], each[1], say, grace), found)))
+        ended = pool.map(lambda each: _end_script(each[0], each[1], say, _grace(folder, each[0], grace)), found)
+        return sum(list(ended))
+
+
+def _grace(folder: AppFolder, key: str, default: float) -> float:
+    """Of the attempt's Work, as its agent wrote it down."""
+    start = (folder.call_record(key) or {}).get("start")
+    grace = start.get("grace") if isinstance(start, dict) else None
+    return float(grace) if isinstance(grace, int | float) else default
 
 
 def clear_records(folder: AppFolder) -> None:

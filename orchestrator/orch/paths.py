@@ -294,6 +294,14 @@ class AppFolder:
         """`run/processes/*.run.json`: the waiters that were started here, with their scripts."""
         return self._records("processes/*.run.json")
 
+    def call_record(self, key: str) -> dict[str, Any] | None:
+        """`run/calls/<key>.json`: what an agent was asked to start; None if that is not known, or cannot be read."""
+        try:
+            return _read_json(self.run / "calls" / f"{key}.json")
+        except UsageError as error:
+            log.warning("left alone: %s", error)
+            return None
+
     def _records(self, pattern: str) -> Iterator[tuple[Path, dict[str, Any]]]:
         for path in sorted(self.run.glob(pattern)):
             try:

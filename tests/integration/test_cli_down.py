@@ -146,6 +146,38 @@ def test_a_script_that_ignores_term_is_killed_after_the_grace(folder: AppFolder)
     assert "killed, it had not ended within 0 s" in said[0]
 
 
+SLOW = """
+import signal, sys, threading
+ended = threading.Event()
+signal.signal(15, lambda *_: ended.set())
+print("up", flush=True)
+ended.wait()
+threading.Event().wait(0.6)
+sys.exit(3)
+"""
+
+
+def test_each_script_has_the_grace_of_its_work(folder: AppFolder) -> None:
+    """What its agent wrote down counts, not what is usual."""
+    said: list[str] = []
+    calls = folder.run / "calls"
+    calls.mkdir(parents=True)
+    with child(STUBBORN) as stubborn, child(SLOW) as slow:
+        threads = []
+        for script, name, grace in ((stubborn, "1-a-1.1", 0.2), (slow, "1-b-1.1", 30.0)):
+            record_script(folder, script, name=name)
+            (calls / f"{name}.json").write_text(json.dumps({"start": {"grace": grace}}))
+            threads.append(threading.Thread(target=reap, args=(script,)))
+            threads[-1].start()
+        began = time.monotonic()
+        take_down(folder, said.append, grace=0.4)
+        for thread in threads:
+            thread.join()
+        assert (stubborn.returncode, slow.returncode) == (-signal.SIGKILL, 3)
+        assert time.monotonic() - began < 20
+    assert [line.split(": ")[1].partition(",")[0] for line in sorted(said[:2])] == ["killed", "stopped"]
+
+
 FAMILY = """
 import subprocess, sys
 code = "import time; print('up', flush=True); time.sleep(600)"
