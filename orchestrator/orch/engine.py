@@ -1130,7 +1130,7 @@ class Engine:
         for report in status.works:
             work = self.works.get(report.work) or self.hidden.get(report.work)
             if work is None:
-                if report.work not in self._kept_pages:
+                if report.work not in self._kept_pages:  # e.g. app.py declares it no longer
                     self._emit(ForgetWorks(agent=status.agent, works=[report.work]))
                 continue
             if report.call is None:

@@ -13,6 +13,8 @@ __all__ = ["LogTail", "last_lines", "showable"]
 
 MOST = 256 * 1024
 """Bytes read at one look. A script that writes faster is followed at its end; the file holds everything."""
+CONTEXT = 4 * 1024
+"""Bytes before the end of a log at which a reader begins that comes late."""
 LINE = 4_000
 """Characters shown of one line."""
 
@@ -26,6 +28,17 @@ class LogTail:
         self.path = path
         self.offset = 0
         self._rest = b""
+
+    def come_late(self) -> None:
+        """Begin near the end of what is there, with a whole line: an earlier server has shown the rest."""
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size > CONTEXT:
+                    file.seek(size - CONTEXT)
+                    self.offset = size - CONTEXT + file.read(CONTEXT).find(b"\n") + 1
+        except FileNotFoundError:
+            self.offset = 0
 
     @property
     def name(self) -> str:

@@ -430,6 +430,13 @@ class Program:
                 f"{name}.{old}: no longer declared, its kept value is dropped" for old in sorted(set(kept) - here)
             ]
             component._vars.load({**component._vars.snapshot(), **{k: v for k, v in kept.items() if k in here}})
+        told = {line.partition(":")[0] for line in lines}
+        there = {short_name(component.name) for component in self.components()}
+        lines += [
+            f"{name}: no longer declared, its kept state is dropped"
+            for name in _names_in(tree)
+            if name not in there and name not in told
+        ]
         self._reorder(tree)
         return lines
 
@@ -775,6 +782,16 @@ def _users(error: BaseException) -> BaseException:
     while frame is not None and here in Path(frame.tb_frame.f_code.co_filename).parents:
         frame = frame.tb_next
     return error if frame is None else error.with_traceback(frame)
+
+
+def _names_in(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Short names of the components in a state tree, parents first."""
+    for name, child in node.get("flows", {}).items():
+        yield prefix + name
+        yield from _names_in(child, f"{prefix}{name}.")
+    yield from (prefix + name for name in node.get("works", {}))
+    for name, structure in node.get("structures", {}).items():
+        yield from _names_in(structure, f"{prefix}{name}.")
 
 
 def _follow(tree: Any, pointer: str) -> Any:

@@ -569,6 +569,7 @@ class Service:
             case e.LaunchAgent():
                 pass  # the local agent is started with the server
             case e.Shown():
+                self._catch_up(instruction.work)
                 self._publish(
                     "status",
                     {"work": instruction.work, "stage": instruction.stage, "detail": instruction.detail},
@@ -1189,9 +1190,23 @@ class Service:
 
     # -- logs and files -----------------------------------------------------------------------------------------------
 
-    def _follow(self, work: str, call: str) -> None:
+    def _follow(self, work: str, call: str, *, late: bool = False) -> None:
         if call not in self._tails:
-            self._tails[call] = LogTail(work, call, self.folder.logs / work / f"{call}.log")
+            self._tails[call] = tail = LogTail(work, call, self.folder.logs / work / f"{call}.log")
+            if late:
+                tail.come_late()
+
+    def _catch_up(self, name: str) -> None:
+        """A work has come to another stage: what its script said before that comes first. A script that was started by
+        an earlier server is followed from now on."""
+        work = self.engine.works.get(name) or self.engine.hidden.get(name)
+        call = work.book.shown if work is not None else None
+        if call is None:
+            return
+        if not call.done and call.attempt:
+            self._follow(name, call.id, late=True)
+        if call.id in self._tails:
+            self._read_log(self._tails[call.id])
 
     async def _log_loop(self) -> None:
         while True:
@@ -1199,19 +1214,20 @@ class Service:
             self._read_logs()
 
     def _read_logs(self) -> None:
-        for call, tail in list(self._tails.items()):
-            work = self.engine.works.get(tail.work) or self.engine.hidden.get(tail.work)
-            over = work is None or work.book.calls.get(call) is None or work.book.calls[call].done
-            for offset, lines in tail.read(final=over):
-                shown = [self.redacted(line) for line in lines]
-                self._publish(
-                    "log", {"work": tail.work, "call": call, "file": tail.name, "offset": offset, "lines": shown}
-                )
-                if work is None or not work.spec.hidden:
-                    for line in shown:
-                        self.console.log(tail.work, line)
-            if over:
-                del self._tails[call]
+        for tail in list(self._tails.values()):
+            self._read_log(tail)
+
+    def _read_log(self, tail: LogTail) -> None:
+        work, call = self.engine.works.get(tail.work) or self.engine.hidden.get(tail.work), tail.call
+        over = work is None or work.book.calls.get(call) is None or work.book.calls[call].done
+        for offset, lines in tail.read(final=over):
+            shown = [self.redacted(line) for line in lines]
+            self._publish("log", {"work": tail.work, "call": call, "file": tail.name, "offset": offset, "lines": shown})
+            if work is None or not work.spec.hidden:
+                for line in shown:
+                    self.console.log(tail.work, line)
+        if over:
+            del self._tails[call]
 
     def _bind_drive(self) -> None:
         """Drives in the flow are answered from manifests held here, without I/O."""

@@ -269,3 +269,65 @@ def test_resume_and_a_changed_app(orch_app: Apps, app_folder: Callable[..., Path
     run = app.get("/app")["run"]
     assert run == 2
     assert app.interrupt() == 130
+
+
+TALKS = """
+from orch import App, Flow, ScriptWork
+
+class Child(Flow):
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        self.talks = ScriptWork(["python", "talks.py"], parallel=True)
+        self.sleeps = ScriptWork("sleep 600", parallel=True)
+        self.child = Child()
+
+    def run(self):
+        for work in self.works():
+            work.run()
+
+app = App(Root())
+"""
+TALKER = """
+import pathlib, time
+print("x" * 10_000, flush=True)
+for number in range(1, 4):
+    print("line", number, flush=True)
+    while not pathlib.Path(f"go{number}").exists():
+        time.sleep(0.02)
+print("no line end", end="")
+"""
+
+
+def test_a_resumed_run_shows_its_scripts_and_ends_what_is_gone(orch_app: Apps, app_folder: Callable[..., Path]) -> None:
+    folder = app_folder(TALKS, {"talks.py": TALKER})
+    app = orch_app(folder)
+    wait_until(lambda: "talks | line 1" in app.output(), what=app.output)
+    app.wait_state("/works/sleeps/status/stage", lambda stage: stage == "running")
+    app.kill()
+    said = len(app.output())
+    (folder / "go1").touch()
+    changed = TALKS.replace('self.sleeps = ScriptWork("sleep 600", parallel=True)', "").replace(
+        "self.child = Child()", ""
+    )
+    (folder / "app.py").write_text(changed)
+
+    def news() -> list[str]:
+        return app.output()[said:].splitlines()
+
+    app.start()
+    for name in ("sleeps", "child"):
+        assert f"orch {name}: no longer declared, its kept state is dropped" in news()
+    wait_until(lambda: "talks | line 2" in news(), what=app.output)
+    assert not any("x" * 100 in line for line in news())
+    wait_until(lambda: not any(p.name() == "sleep" for p in app.processes()), what="the removed work's script is gone")
+    (folder / "go2").touch()
+    wait_until(lambda: "talks | line 3" in news(), what=app.output)
+    (folder / "go3").touch()
+    wait_until(lambda: "talks | succeeded" in news(), what=app.output)
+    assert news().index("talks | no line end") < news().index("talks | succeeded")
+    assert app.interrupt() == 130
