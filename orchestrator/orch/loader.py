@@ -39,24 +39,25 @@ def load_module(path: Path, argv: list[str]) -> object:
 
 
 def load_app(path: Path, argv: list[str]) -> App:
-    """The App of an app file. Raises UsageError saying what is wrong and in which line."""
+    """The App of an app file. Raises UsageError saying what is wrong, in which file beside it and in which line."""
     try:
         module = load_module(path, argv)
     except UsageError:
         raise
-    except SyntaxError as error:
-        raise UsageError(f"{path.name}, line {error.lineno}: {error.msg}") from error
     except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+            line = f", line {error.lineno}" if error.lineno else ""
+            raise UsageError(f"{_shown(Path(error.filename), path)}{line}: {error.msg}") from error
         where = next(
             (
-                f", line {f.lineno}"
-                for f in reversed(traceback.extract_tb(error.__traceback__))
-                if f.filename == str(path)
+                f"{_shown(Path(frame.filename), path)}, line {frame.lineno}"
+                for frame in reversed(traceback.extract_tb(error.__traceback__))
+                if _is_users(Path(frame.filename), path)
             ),
-            "",
+            path.name,
         )
         hint = error.hint if isinstance(error, OrchError) else ""
-        raise UsageError(f"{path.name}{where}: {type(error).__name__}: {error}", hint=hint) from error
+        raise UsageError(f"{where}: {type(error).__name__}: {error}", hint=hint) from error
     apps = {id(value): (name, value) for name, value in vars(module).items() if isinstance(value, App)}
     if not apps:
         raise UsageError(f"{path.name} defines no App", hint="add a line such as: app = App(MyFlow())")
@@ -64,3 +65,12 @@ def load_app(path: Path, argv: list[str]) -> App:
         names = ", ".join(name for name, _ in apps.values())
         raise UsageError(f"{path.name} defines {len(apps)} Apps ({names})", hint="an app file defines exactly one")
     return next(iter(apps.values()))[1]
+
+
+def _is_users(file: Path, app_file: Path) -> bool:
+    """Whether it lies beside the app file, and not in an environment that happens to be there."""
+    return file.is_relative_to(app_file.parent) and "site-packages" not in file.parts
+
+
+def _shown(file: Path, app_file: Path) -> str:
+    return str(file.relative_to(app_file.parent)) if _is_users(file, app_file) else str(file)
