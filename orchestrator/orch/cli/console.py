@@ -114,7 +114,8 @@ class Console:
 
     def stopping(self, seconds: float) -> None:
         """The app is asked to end; its works have that long."""
-        self.note(f"stopping (up to {seconds:.0f} s); Ctrl-C again kills")
+        limit = f" (up to {seconds:.0f} s)" if seconds else ""
+        self.note(f"stopping{limit}" + ("; Ctrl-C again kills" if self._ends_by == "Ctrl-C" else ""))
 
     def done(self, code: int, message: str = "") -> None:
         """The app has ended."""

@@ -335,6 +335,13 @@ def _tell(ready_fd: int, url: str) -> None:
         os.close(ready_fd)
 
 
+def _said(log: Path, begin: int) -> list[str]:
+    """Lines of the server's log, the last ones if there are many."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        return file.read()[-64_000:].decode(errors="replace").splitlines()
+
+
 def _detach(options: RunOptions) -> int:
     folder = AppFolder(options.app_file.parent)
     folder.create()
@@ -374,13 +381,14 @@ def _detach(options: RunOptions) -> int:
             raise
     if not url:
         code = child.wait()
-        with log.open("rb") as file:
-            file.seek(begin)
-            said = file.read()[-64_000:].decode(errors="replace").splitlines()
+        said = _said(log, begin)
         sys.stderr.write("".join(line + "\n" for line in said[-20:]))
         if not said:
             sys.stderr.write(f"orch: the server ended with code {code} and said nothing; its log is {log}\n")
         return code if code > 0 else 1
+    for line in _said(log, begin):  # what a start in the foreground says on the terminal: another port, a run resumed
+        if line.startswith(("orch ", "orch: ")) and not line.startswith("orch |"):
+            (sys.stderr if line.startswith("orch: ") else sys.stdout).write(line + "\n")
     sys.stdout.write(f"orch: running in the background (pid {child.pid}), log {log}\n{url}\n")
     if wants_browser(options.open):
         import webbrowser
