@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Client", "ServerEvent"]
 
 TIMEOUT = 30.0
+READ_TIMEOUT = 10.0
+"""For what is answered at once, whatever the flow is doing."""
 SILENCE = 60.0
 """Seconds without a byte after which an event stream counts as broken: the server sends a sign of life every 15 s."""
 PROBLEM_TYPE = "urn:orch:problem:"
@@ -210,6 +212,31 @@ class Client:
         with source.open("rb") as file:
             return dict(_json(self._send("PUT", _drive(drive, path), content=file, timeout=None)))
 
+    def drive_find(
+        self,
+        drive: str,
+        path: str,
+        *,
+        component: str | None = None,
+        version: int | None = None,
+        partial: bool = False,
+    ) -> list[dict[str, Any]]:
+        """What `drive_get` can download of a path: {"path", "version", "component", "sha256"} of the file itself, or
+        of each file of the folder. NotFound, DriveAmbiguous."""
+        route = _drive(drive, path)
+        params = {"component": component, "version": version, "partial": partial, "recursive": True}
+        with self._stream(route, params, TIMEOUT) as response:
+            version, etag = response.headers.get("x-orch-version"), response.headers.get("etag", "")
+            if version is None:
+                return list(msgspec.json.decode(response.read()))
+        return [{"path": path, "version": int(version), "component": component, "sha256": etag.strip('"')}]
+
+    def drive_get(self, drive: str, file: Mapping[str, Any], *, partial: bool = False) -> Iterator[bytes]:
+        """The bytes of a file that `drive_find` has found, in pieces."""
+        params = {"component": file["component"], "version": None if partial else file["version"], "partial": partial}
+        with self._stream(_drive(drive, file["path"]), params, TIMEOUT) as response:
+            yield from response.iter_raw()
+
     def drive_delete(self, drive: str, path: str, *, component: str | None = None) -> None:
         """Delete a file or folder of a Drive. NotFound, DriveAmbiguous."""
         self._send("DELETE", _drive(drive, path), params={"component": component})
@@ -225,7 +252,7 @@ class Client:
         return self._client
 
     def _get(self, route: str, **params: Any) -> Any:
-        return _json(self._send("GET", route, params=params))
+        return _json(self._send("GET", route, params=params, timeout=READ_TIMEOUT))
 
     def _post(self, route: str, body: Any = msgspec.UNSET) -> Any:
         return _json(self._send("POST", route, body=body))
@@ -269,6 +296,11 @@ class Client:
 
         try:
             yield
+        except httpx.TimeoutException as error:
+            raise RuntimeLost(
+                f"the app at {self.url} does not answer in time",
+                hint="it may be stopped (SIGSTOP) or very busy; `orch down` ends it by force",
+            ) from error
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise RuntimeLost(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -143,6 +146,7 @@ def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     err = cli("state", "set", "/flows/child/vars/words/0", "two words")[1]
     assert err == 'orch: taken as the string "two words"\n'
     assert cli.json("state", "get", "/flows/child/vars") == {"words": ["two words"]}
+    assert re.match(r"\d+ 2\d{3}-\d\d-\d\d \d\d:\d\d:\d\d api ", cli("state", "history", "child.words")[0])
     history = cli.json("state", "history", "child.words")
     assert [revision["cause"] for revision in history[-2:]] == ["api", "api"]
     assert cli("state", "get", "child.nope", code=1)[1] == "orch: state: child has no 'nope'; there is: words\n"
@@ -178,7 +182,7 @@ def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     assert cli("stop")[0] == "cli test: stopped\n"
 
     # afterwards
-    assert cli("ps")[0].splitlines()[0] == "cli test  run 1  server not running"
+    assert cli("ps")[0].splitlines()[0] == "cli test  run 1  stopped, server not running"
     assert cli.json("state", "get", "count") == 2
     assert "once 1\n" in cli("logs", "once")[0]
     assert cli("drive", "verify")[0] == ".: 1 file verified\n"
@@ -186,6 +190,55 @@ def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     (cli.folder / "other.py").write_text(APP)
     said = cli("run", "other.py", code=2)[1]
     assert "belongs to the app in app.py, not to other.py; `orch run app.py`, or --fresh" in said
+
+
+def test_an_app_by_its_address(cli: Cli, tmp_path: Path) -> None:
+    """--app URL: of this machine it is the app itself, of another one all goes by REST."""
+    address = cli.start()
+    cli.wait("once", "succeeded")
+    parts = urlsplit(address)
+    far = Cli(tmp_path, tmp_path / "nobody")  # knows no app: as on another machine
+    assert cli("ps", "--app", f"http://localhost:{parts.port}")[0].startswith("cli test  run 1  running")
+    assert "no token" in far("ps", "--app", f"http://localhost:{parts.port}", code=2)[1]
+    found = {row["check"]: row["found"] for row in far.json("doctor", "--app", str(cli.folder))}
+    assert found == {row["check"]: row["found"] for row in cli.json("doctor", "--app", "cli test")}
+    assert found["server"].startswith("running")
+
+    here = ("--app", address)
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / ".orch").mkdir()
+    (tmp_path / "in" / ".orch" / "token").write_text("not for others")
+    far("drive", "put", "in", "data", *here)
+    assert [file["path"] for file in far.json("drive", "ls", "data", *here)] == ["data/a.txt", "data/b.txt"]
+    assert far("drive", "get", "data", "got", *here)[0] == "got: version 1, 2 of 2 files written\n"
+    assert (tmp_path / "got" / "b.txt").read_text() == "b.txt"
+    (tmp_path / "got" / "b.txt").write_text("mine")
+    (tmp_path / "got" / "a.txt").unlink()
+    refused = far("drive", "get", "data", "got", *here, code=1)[1]
+    assert refused == "orch: got/b.txt exists and differs from the Drive's; --overwrite replaces it\n"
+    assert not (tmp_path / "got" / "a.txt").exists()
+    assert far.json("drive", "get", "data", "got", "--overwrite", *here)["files"] == ["a.txt", "b.txt"]
+    assert far.json("drive", "get", "data/a.txt", "got", *here) == {"to": "got/a.txt", "version": 1, "files": []}
+    assert far("drive", "get", "nothing", *here, code=1)[1] == cli("drive", "get", "nothing", code=1)[1]
+    refused = far("down", *here, code=2)[1]
+    assert "is not an app of this machine" in refused and parts.query not in refused
+    assert "all ended" in cli("down", *here)[0]
+
+
+def test_a_start_in_the_background_says_what_a_start_says(cli: Cli) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = cli("run", "-d", "--port", str(port))[0].splitlines()
+        assert any(line.startswith(f"orch port {port} is taken, serving on ") for line in said)
+        os.kill(cli.json("status")["pid"], signal.SIGKILL)
+        said = cli("run", "-d", "--port", str(port))[0].splitlines()
+        assert "orch run 1 was cut off: resuming it (--fresh starts over)" in said
+        assert said[-1].startswith("http://127.0.0.1:")
+        assert not any("listening" in line for line in said)
 
 
 def test_down_after_the_server_was_killed(cli: Cli) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -153,6 +154,13 @@ async def test_drive(client: Client, tmp_path: Path) -> None:
     assert [row["path"] for row in await call(client.drive_list, "app")] == ["in/x.bin"]
     assert [row["version"] for row in await call(client.drive_versions, "app", "in/x.bin")] == [1]
     assert await call(client.drive_verify, "app", "in") == 1
+    (file,) = await call(client.drive_find, "app", "in/x.bin")
+    (same,) = await call(client.drive_find, "app", "in")
+    assert file["path"] == same["path"] == "in/x.bin"
+    assert file["sha256"] == same["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert b"".join(await call(list, client.drive_get("app", file))) == source.read_bytes()
+    with pytest.raises(DriveNotFound):
+        await call(client.drive_find, "app", "nothing")
     await call(client.drive_delete, "app", "in/x.bin")
     assert await call(client.drive_list, "app") == []
 

@@ -173,11 +173,12 @@ def down_arguments(parser: argparse.ArgumentParser) -> None:
 def down(args: argparse.Namespace) -> int:
     """One line for each thing that was ended; at the end nothing of the app is left on this machine."""
     if args.app is not None and args.app.startswith(("http://", "https://")):
-        folder = find_target(args.app).folder
-        if folder is None:
+        target = find_target(args.app)
+        if target.folder is None:
             raise UsageError(
-                f"down: {args.app} is not an app of this machine", hint="run `orch down` where it was started"
+                f"down: {target.url} is not an app of this machine", hint="run `orch down` where it was started"
             )
+        folder = target.folder
     else:
         folder = find_folder(args.app)
     from orch.leftovers import take_down

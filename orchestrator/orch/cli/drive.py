@@ -7,9 +7,11 @@ flow hears of it. An app on another machine: all by REST.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import posixpath
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +22,10 @@ import msgspec
 from orch.cli.output import print_json, print_table, size
 from orch.cli.target import Target, find_target, read_arguments
 from orch.errors import NotFound, UsageError
-from orch_drive.errors import DriveAmbiguous
+from orch_drive.errors import DriveAmbiguous, DriveConflict, DriveCorrupt
 
 if TYPE_CHECKING:
+    from orch.client import Client
     from orch_drive import DriveStore
 
 __all__ = [
@@ -126,28 +129,77 @@ def get_arguments(parser: argparse.ArgumentParser) -> None:
 
 def get(args: argparse.Namespace) -> int:
     """Verified; nothing is written if a local file differs and --overwrite was not said."""
+    from orch_drive.manifest import check_path
+
+    path = check_path(args.path)
+    to = Path(args.to or posixpath.basename(path) or ".").expanduser()
     target = find_target(args.app)
     if target.folder is None:
-        raise UsageError(
-            f"drive get: {target.url} is on another machine",
-            hint=f"download {target.url}/api/v1/drive/{args.drive}/{args.path} (a folder: with ?zip=true)",
-        )
-    store = _store(target, args.drive)
-    manifest = store.resolve(args.path, component=args.component, version=args.version, partial=args.partial)
-    if manifest is None:
-        raise store.index().missing(args.path, args.component)
-    name = posixpath.basename(manifest.path)
-    to = Path(args.to or name or ".").expanduser()
-    if to.is_dir() and not manifest.is_dir:
-        to = to / name
-    if to.exists() and manifest.is_dir and not to.is_dir():
-        raise UsageError(f"drive get: {to} is a file, {args.path} is a folder", hint="say where to put it")
-    written = store.fetch(manifest, to, overwrite=args.overwrite)
-    if args.json:
-        print_json({"to": str(to), "version": manifest.version, "files": written})
+        with target.client() as client:
+            found = client.drive_find(
+                args.drive, path, component=args.component, version=args.version, partial=args.partial
+            )
+            to = _place(to, path, is_dir=[file["path"] for file in found] != [path])
+            version, count = max((file["version"] for file in found), default=0), len(found)
+            written = _download(client, found, path, to, args)
     else:
-        sys.stdout.write(f"{to}: version {manifest.version}, {len(written)} of {len(manifest.entries)} files written\n")
+        store = _store(target, args.drive)
+        manifest = store.resolve(path, component=args.component, version=args.version, partial=args.partial)
+        if manifest is None:
+            if store.resolve(path, component=args.component, version=args.version, partial=True) is not None:
+                raise NotFound(
+                    f"drive get: of {path!r} there is only an unfinished version yet", hint="--partial takes it"
+                )
+            raise store.index().missing(path, args.component)
+        to = _place(to, path, is_dir=manifest.is_dir)
+        version, count = manifest.version, len(manifest.entries)
+        written = store.fetch(manifest, to, overwrite=args.overwrite)
+    if args.json:
+        print_json({"to": str(to), "version": version, "files": written})
+    else:
+        sys.stdout.write(f"{to}: version {version}, {len(written)} of {count} files written\n")
     return 0
+
+
+def _place(to: Path, path: str, *, is_dir: bool) -> Path:
+    if to.is_dir() and not is_dir:
+        return to / posixpath.basename(path)
+    if to.exists() and is_dir and not to.is_dir():
+        raise UsageError(f"drive get: {to} is a file, {path} is a folder", hint="say where to put it")
+    return to
+
+
+def _download(client: Client, found: list[dict[str, Any]], path: str, to: Path, args: argparse.Namespace) -> list[str]:
+    """As `DriveStore.fetch` does it, but over REST. Returns the names that were written, relative to the path."""
+    from orch_drive.manifest import check_path
+
+    if len(owners := sorted({str(file["component"]) for file in found})) > 1:
+        raise DriveAmbiguous(f"{path!r} is published by {', '.join(owners)}", hint=f"--component {owners[0]}")
+    todo: list[tuple[str, Path, dict[str, Any]]] = []
+    for file in found:
+        name = posixpath.relpath(check_path(file["path"]), path)
+        local = to if name == "." else to / name
+        if local.is_file() and _sha256(local) == file["sha256"]:
+            continue
+        if local.exists() and not (args.overwrite and local.is_file()):
+            raise DriveConflict(f"{local} exists and differs from the Drive's", hint="--overwrite replaces it")
+        todo.append((posixpath.basename(path) if name == "." else name, local, file))
+    for _, local, file in todo:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".orch-get-", dir=local.parent) as folder:
+            fresh = Path(folder, "file")
+            with fresh.open("wb") as out:
+                for piece in client.drive_get(args.drive, file, partial=args.partial):
+                    out.write(piece)
+            if _sha256(fresh) != file["sha256"]:
+                raise DriveCorrupt(f"{file['path']!r} has changed on its way", hint="ask again")
+            os.replace(fresh, local)
+    return [name for name, _, _ in todo]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- put and rm ----------------------------------------------------------------------------------------------------
@@ -186,7 +238,8 @@ def put(args: argparse.Namespace) -> int:
 
 def _local_files(source: Path, path: str) -> Iterator[tuple[str, Path]]:
     if source.is_dir():
-        for folder, _, names in sorted(os.walk(source)):
+        for folder, folders, names in os.walk(source):
+            folders[:] = sorted(inner for inner in folders if inner != ".orch")  # an app's own: its token, this Drive
             for name in sorted(names):
                 file = Path(folder, name)
                 yield posixpath.normpath(posixpath.join(path, file.relative_to(source).as_posix())), file
@@ -200,7 +253,7 @@ def rm_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def rm(args: argparse.Namespace) -> int:
-    """Earlier versions are kept: `orch drive get --version N` still has them."""
+    """With its earlier versions. A file inside a published folder stays in that folder's earlier versions."""
     target = find_target(args.app)
     if target.url is not None:
         with target.client() as client:

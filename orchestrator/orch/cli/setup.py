@@ -20,6 +20,7 @@ from typing import Literal
 from orch._version import __version__
 from orch.cli.options import DEFAULT_PORT
 from orch.cli.output import print_json, print_table
+from orch.cli.target import find_folder, find_target, read_arguments
 from orch.errors import UsageError
 from orch.paths import AppFolder
 
@@ -43,13 +44,16 @@ class Check:
 
 
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--app", metavar="FOLDER", default=".", help="the app's folder (default: this one)")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    read_arguments(parser)
 
 
 def doctor(args: argparse.Namespace) -> int:
     """Exit code 1 if anything has failed."""
-    found = list(checks(Path(args.app)))
+    is_url = args.app is not None and args.app.startswith(("http://", "https://"))
+    folder = find_target(args.app).folder if is_url else find_folder(args.app)
+    if folder is None:
+        raise UsageError("doctor: that app is not on this machine", hint="run `orch doctor` where it was started")
+    found = list(checks(folder))
     if args.json:
         print_json([asdict(check) for check in found])
     else:
@@ -57,7 +61,7 @@ def doctor(args: argparse.Namespace) -> int:
     return 1 if any(check.result == "failed" for check in found) else 0
 
 
-def checks(root: Path) -> Iterator[Check]:
+def checks(folder: AppFolder) -> Iterator[Check]:
     """All checks of this machine and of the folder."""
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
     yield Check("orch", "ok", __version__)
@@ -73,7 +77,7 @@ def checks(root: Path) -> Iterator[Check]:
             yield Check(f"[{extra}]", "missing", f"no {', '.join(lacking)}", f"pip install 'orch[{extra}]'")
         else:
             yield Check(f"[{extra}]", "ok", ", ".join(f"{name} {_version(name)}" for name in packages))
-    yield from _folder_checks(AppFolder(root))
+    yield from _folder_checks(folder)
 
 
 def _version(package: str) -> str:

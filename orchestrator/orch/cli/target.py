@@ -69,13 +69,23 @@ def _at_url(text: str) -> Target:
     parts = urlsplit(text)
     url = f"{parts.scheme}://{parts.netloc}"
     token = parse_qs(parts.query).get("token", [""])[0]
+    for known in known_apps():
+        folder = AppFolder(known.folder)
+        # Only the token says for sure that it is this one: an address may be a tunnel's.
+        if folder.serving() and (folder.token() == token if token else _same_place(known.url, url)):
+            return Target(folder, url, folder.token())
     if not token:
-        for known in known_apps():
-            folder = AppFolder(known.folder)
-            if known.url == url and folder.serving():
-                return Target(folder, url, folder.token())
         raise UsageError(f"no token for {url}", hint="give the address as `orch open` prints it, with ?token=...")
     return Target(None, url, token)
+
+
+def _same_place(one: str, other: str) -> bool:
+    def place(url: str) -> tuple[str, str, int | None]:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        return parts.scheme, "127.0.0.1" if host in ("localhost", "::1") else host, parts.port
+
+    return place(one) == place(other)
 
 
 def find_folder(app: str | None) -> AppFolder:
