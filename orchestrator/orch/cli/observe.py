@@ -91,12 +91,18 @@ def _headline(app: dict[str, Any]) -> str:
     if app["server"]:
         return "  ".join([*parts, str(app.get("stage")), str(app.get("url"))])
     alive = app["scripts_alive"]
-    parts.append("server not running")
+    parts.append(_offline_stage(app))
     if alive:
         parts.append(
             f"{alive} script{'s' if alive > 1 else ''} still run: `orch run` goes on with them, `orch down` ends them"
         )
     return "  ".join(parts)
+
+
+def _offline_stage(app: dict[str, Any]) -> str:
+    """How the run ended, if it has: a server that was killed leaves the stage that it was in."""
+    ended = app.get("stage") in ("stopped", "failed")
+    return f"{app['stage']}, server not running" if ended else "server not running"
 
 
 def work_row(work: dict[str, Any], now: float | None = None) -> dict[str, Any]:
@@ -165,7 +171,7 @@ def status(args: argparse.Namespace) -> int:
         stages.setdefault(str(stage), []).append(name)
     lines = {
         "app": f"{found.get('name')} (run {found.get('run')})",
-        "stage": found.get("stage") if found["server"] else "server not running",
+        "stage": found.get("stage") if found["server"] else _offline_stage(found),
         "message": found.get("message"),
         "url": found.get("url"),
         "file": found.get("file"),

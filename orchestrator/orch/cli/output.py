@@ -36,6 +36,14 @@ STAGE_STYLES = {
 _DROPPED_FIRST = ("ATTEMPT", "CALL", "PUBLISHED", "PROGRESS", "VERSION", "URL", "SINCE", "OWNER", "REASON")
 
 
+_IN_PYTHON = {
+    "list() shows": "`orch drive ls` shows",
+    "overwrite=True": "--overwrite",
+    "say whose: component_name=": "say whose: --component ",
+}
+"""Hints of the Drive are written for Python; the command line has its own words."""
+
+
 def coloured(stream: Any) -> bool:
     """Whether escape sequences are welcome there (a terminal, TERM not dumb, no NO_COLOR)."""
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
@@ -54,6 +62,8 @@ def error_line(error: BaseException) -> str:
     else:
         text = f"unexpected {type(error).__name__}: {error}"
         hint = "ORCH_DEBUG=1 shows where; please report it"
+    for python, words in _IN_PYTHON.items():
+        hint = hint.replace(python, words)
     line = " ".join(f"{text.rstrip('. ')}; {hint}".split() if hint else text.split())
     return f"orch: {line}"
 

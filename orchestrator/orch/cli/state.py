@@ -121,7 +121,7 @@ def history(args: argparse.Namespace) -> int:
         print_json(revisions)
     else:
         for revision in revisions:
-            _print_ops(revision, revision["ops"])
+            _print_ops(revision, revision["ops"], clock="%Y-%m-%d %H:%M:%S")
     return 0
 
 
@@ -214,11 +214,11 @@ def _print_value(value: Any, *, as_json: bool) -> None:
         sys.stdout.write(value + "\n")
 
 
-def _print_ops(revision: dict[str, Any], ops: list[dict[str, Any]]) -> None:
+def _print_ops(revision: dict[str, Any], ops: list[dict[str, Any]], *, clock: str = "%H:%M:%S") -> None:
     at = revision.get("at")
-    clock = time.strftime("%H:%M:%S", time.localtime(at)) if at else "-"
+    when = time.strftime(clock, time.localtime(at)) if at else "-"
     for op in ops:
         value = f" {json.dumps(op['value'], ensure_ascii=False)}" if "value" in op else ""
         source = f" from {op['from']}" if "from" in op else ""
         what = f"{op['op']} {op['path'] or '/'}{source}{value}"
-        sys.stdout.write(f"{revision.get('rev', '-')} {clock} {revision.get('cause') or '-'} {what}\n")
+        sys.stdout.write(f"{revision.get('rev', '-')} {when} {revision.get('cause') or '-'} {what}\n")
