@@ -169,6 +169,8 @@ class Engine:
         tree.setdefault("app", {})
         tree["app"] = {"name": config.app, "run": config.run, "stage": self.stage, "message": ""}
         self.tree = StateTree(tree, rev, revs=revs)
+        if not rev:
+            self.tree.check_limits()
         for spec in specs:
             self._add_work(spec, KnownWork(spec, self.run))
 

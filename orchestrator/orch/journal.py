@@ -197,10 +197,15 @@ class Journal:
 
     # -- runs
 
+    def next_run(self) -> int:
+        """The number that the next `begin_run` gives."""
+        with _explained(self.path):
+            return int(self._number("SELECT coalesce(max(run), 0) + 1 FROM runs"))
+
     def begin_run(self, meta: dict[str, Any]) -> int:
         """A new run; its number. Runs older than the last 5 are forgotten."""
         with _explained(self.path), self._transaction(durable=True):
-            run: int = self._number("SELECT coalesce(max(run), 0) + 1 FROM runs")
+            run = self.next_run()
             self._db.execute("INSERT INTO runs VALUES (?, ?, NULL, NULL, ?)", (run, time.time(), _json(meta)))
             for table in _RUN_TABLES:
                 self._db.execute(f"DELETE FROM {table} WHERE run <= ?", (run - KEPT_RUNS,))

@@ -337,14 +337,12 @@ class Service:
         facts: dict[str, dict[str, Any]] = {}
         clean = True
         if previous is None:
-            self.run = self.journal.begin_run(meta)
+            self.run = self.journal.next_run()
         else:
             self.run = previous.run
             self._ask_secrets(previous.meta.get("secrets", []))
             clean = previous.how is not None
             loaded = self.journal.load(self.run)
-            if clean:
-                self.journal.resume_run(self.run)
             facts = loaded.facts
             records = facts.get("component", {})
             for line in self.program.restore(loaded.state, records, facts.get("call", {})):
@@ -377,6 +375,11 @@ class Service:
         if previous is not None:
             self.engine.restore(facts, clean=clean)
         self._take_routes(self.program.api_routes())
+        # An app that cannot be started leaves no run behind, which the next `orch run` would resume.
+        if previous is None:
+            self.journal.begin_run(meta)
+        elif clean:
+            self.journal.resume_run(self.run)
 
     def _ask_secrets(self, names: list[str]) -> None:
         """The run that is resumed had these; their values were never written down."""

@@ -160,3 +160,38 @@ def test_a_server_that_was_killed_comes_back_where_it_was(app_folder: Callable[.
         assert orch("run", "-d").split()[-1] == url
     finally:
         orch("down")
+
+
+BEGINS = """
+from orch import App, Flow, Get
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        self.x = {value}
+    def run(self):
+        self.stop(f"fine {{len(self.x)}}")
+    def answer(self):
+        return 1
+    def configure_api(self):
+        return [Get("/a", self.answer){more}]
+app = App(Root())
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "more", "said", "code"),
+    [
+        ('"x" * 3_000_000', "", "/vars/x would take 2.9 MiB", 1),
+        ('""', ", self.nope", "root.configure_api(): AttributeError", 2),
+    ],
+)
+def test_an_app_that_cannot_begin_leaves_no_run_behind(
+    tmp_path: Path, value: str, more: str, said: str, code: int
+) -> None:
+    app = tmp_path / "app.py"
+    app.write_text(BEGINS.format(value='"12"', more=""))
+    run(tmp_path, code=0)
+    app.write_text(BEGINS.format(value=value, more=more))
+    assert said in run(tmp_path, code=code)
+    app.write_text(BEGINS.format(value='"12"', more=""))
+    assert "resuming run 1" in run(tmp_path, "--resume", code=0)

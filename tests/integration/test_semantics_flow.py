@@ -1058,6 +1058,25 @@ def test_size_limits_name_path_and_size(where: str) -> None:
     assert tester.state["vars"]["log"] == []
 
 
+class Stuffed(Flow):
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__()
+        self.inner = {str(i): Stuffing(size) for i, size in enumerate(sizes)}
+
+
+class Stuffing(Flow):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.rows = ["x" * size]
+
+
+def test_size_limits_hold_for_what_init_declares_too() -> None:
+    with pytest.raises(StateTooLarge, match=r"/structures/inner/flows/1/vars/rows would take 2\.0 MiB"):
+        AppTester(Stuffed([5, 2 * 1024 * 1024]))
+    with pytest.raises(StateTooLarge, match=r"33\.\d MiB: the whole tree may take 32\.0 MiB"):
+        AppTester(Stuffed([2_050_000] * 17))
+
+
 def test_a_flow_declared_without_run_is_fine() -> None:
     class Quiet(Flow):
         pass
