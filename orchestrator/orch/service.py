@@ -74,6 +74,8 @@ __all__ = ["ConsoleLike", "Service", "serve"]
 log = logging.getLogger(__name__)
 
 POLL_EVERY = 2.0
+POLL_TIMEOUT = 5.0
+"""A slow link is no dead one."""
 EVENTS_KEPT = 10_000
 EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
@@ -124,6 +126,12 @@ class _Link:
     queue: deque[tuple[str, Any]] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     heard: float = 0.0
+    """When it gave the last sign of life (monotonic), and when it was last asked for one."""
+    asked: float = 0.0
+    unanswered: float | None = None
+    """Since when it has been asked in vain."""
+    poll: asyncio.Task[None] | None = None
+    poll_peer: HttpPeer = field(default_factory=lambda: HttpPeer(POLL_TIMEOUT, name="orch-poll"))
     attached: bool = False
     ask: bool = False
     """Its status is wanted although it pushes."""
@@ -270,6 +278,7 @@ class Service:
                 for link in self._links.values():
                     link.task.cancel()
                     link.peer.close()
+                    link.poll_peer.close()
                 engine.cancel()
         except* (OrchError, OSError) as group_error:
             raise _first(group_error) from None
@@ -664,8 +673,10 @@ class Service:
         """Adopt the agent that an earlier server left here, or stop it and launch a new one."""
         left = self._runtime.found("local")
         alive = left is not None and await self._runtime.adopt(left)
+        if left is not None and self._cut_off:
+            self._agent_tokens["local"] = left["token"]
         if left is not None and alive and self._cut_off and await self._answers(left):
-            self._epochs["local"], self._agent_tokens["local"] = left["epoch"], left["token"]
+            self._epochs["local"] = left["epoch"]
             self.console.note(f"adopting the agent that is still running (pid {left['pid']})")
             return await self._attach("local", left)
         if not self._cut_off:
@@ -697,8 +708,9 @@ class Service:
         clear_records(self.folder)
 
     async def _launch(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
-        token = random_secrets.token_urlsafe(32)
-        self._epochs[agent], self._agent_tokens[agent] = epoch, token
+        # One token for all incarnations: one that is replaced must hear that (409), not that it is a stranger (401).
+        token = self._agent_tokens.setdefault(agent, random_secrets.token_urlsafe(32))
+        self._epochs[agent] = epoch
         options = self.options
         spec = AgentSpec(
             agent=agent,
@@ -812,18 +824,12 @@ class Service:
 
     async def _poll_loop(self) -> None:
         """Liveness: a push counts; without one for POLL_EVERY the agent is asked; a dead local process is noticed."""
-        peers: dict[str, HttpPeer] = {}
-        try:
-            while True:
-                await asyncio.sleep(POLL_EVERY / 2)
-                # At the same time: a silent one must not keep the others waiting.
-                links = [link for link in self._links.values() if link.handle is not None and link.attached]
-                await asyncio.gather(*(self._poll(link, peers) for link in links))
-        finally:
-            for peer in peers.values():
-                peer.close()
+        while True:
+            await asyncio.sleep(POLL_EVERY / 2)
+            for link in [link for link in self._links.values() if link.handle is not None and link.attached]:
+                await self._look_after(link)
 
-    async def _poll(self, link: _Link, peers: dict[str, HttpPeer]) -> None:
+    async def _look_after(self, link: _Link) -> None:
         assert link.handle is not None
         gone = await self._runtime.poll(link.handle)
         if not link.attached:
@@ -831,23 +837,31 @@ class Service:
         if gone is not None:
             await self._replace(link, gone)
             return
-        silent = time.monotonic() - link.heard
-        if silent < POLL_EVERY and not link.ask:
-            return
-        link.ask = False
-        peer = peers.setdefault(link.agent, HttpPeer(timeout=2.0, name="orch-poll"))
-        try:
-            status, body = await peer.get(f"{link.handle['url']}/v1/status", link.handle["token"])
-            if status != 200:
-                raise OSError(f"HTTP {status}")
-            self._put(e.AgentPolled(agent=link.agent, status=decode(AgentStatus, body)))
-            link.heard = time.monotonic()
-        except (OSError, http.client.HTTPException):
-            now = time.monotonic()
+        now = time.monotonic()
+        silence = now - link.heard
+        if link.heard > link.asked:
+            link.unanswered = None
+        elif link.unanswered is not None and now - link.unanswered >= POLL_EVERY:
+            # Only what was asked and not answered is silence: this process may have been stopped itself.
             reachable = await self._reachable(link, now)
-            self._put(
-                e.AgentPolled(agent=link.agent, status=None, silence=now - link.heard, clock=now, reachable=reachable)
-            )
+            self._put(e.AgentPolled(agent=link.agent, status=None, silence=silence, clock=now, reachable=reachable))
+        if (silence >= POLL_EVERY or link.ask) and (link.poll is None or link.poll.done()):
+            link.ask = False
+            link.asked = now
+            link.unanswered = link.unanswered or now
+            # A task of its own: one that does not answer must not keep the others waiting.
+            link.poll = self._group.create_task(self._ask_status(link, link.handle), name=f"poll-{link.agent}")
+
+    async def _ask_status(self, link: _Link, handle: Handle) -> None:
+        try:
+            status, body = await link.poll_peer.get(f"{handle['url']}/v1/status", handle["token"])
+        except (OSError, http.client.HTTPException) as error:
+            log.debug("agent %s does not answer: %s", link.agent, error)
+            return
+        if status != 200 or link.handle is not handle:
+            return
+        link.heard = time.monotonic()
+        self._put(e.AgentPolled(agent=link.agent, status=decode(AgentStatus, body)))
 
     async def _reachable(self, silent: _Link, now: float) -> bool:
         """Whether this machine reaches anything but the silent agent."""

@@ -116,10 +116,13 @@ class RunningApp:
 
     # -- the server process
 
+    def command(self) -> list[str]:
+        """What runs the app, up to its options."""
+        return [*orch_command(), "run", self.app]
+
     def spawn(self, *options: str, argv: Iterable[str] = (), port: int | None = None) -> subprocess.Popen[bytes]:
         """`orch run` in the folder, without waiting for anything. Its output goes to `output_path`."""
-        command = [*orch_command(), "run", self.app, "--local", "--no-open", "--port", str(port or free_port())]
-        command += options
+        command = [*self.command(), "--local", "--no-open", "--port", str(port or free_port()), *options]
         if argv := list(argv):
             command += ["--", *argv]
         self._drop_client()

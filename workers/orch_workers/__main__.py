@@ -36,15 +36,15 @@ def main(argv: list[str]) -> int:
     )
     try:
         spec = _read_spec(argv)
-        listener = _listen(spec)
+        listeners = _listen(spec)
     except (OSError, ValueError) as error:
         log.critical("%s", error)
         return 2
-    port = listener.getsockname()[1]
+    port = listeners[0].getsockname()[1]
     records = Records(Path(spec.orch_dir, "run"), spec.agent)
     records.write_ready(_ready(spec, port))
     try:
-        return asyncio.run(_serve(spec, listener, port))
+        return asyncio.run(_serve(spec, listeners, port))
     finally:
         records.remove_ready(spec.epoch)
 
@@ -67,17 +67,25 @@ def _read_spec(argv: list[str]) -> AgentSpec:
     return spec
 
 
-def _listen(spec: AgentSpec) -> socket.socket:
-    """The port of the spec, which a former incarnation may have left a moment ago, or a free one. Raises OSError."""
+def _listen(spec: AgentSpec) -> list[socket.socket]:
+    """The port of the spec, which a former incarnation may have left a moment ago, or a free one; on the loopback too,
+    where scripts find the agent. Raises OSError."""
+    first = _listen_on(spec, spec.bind, spec.port or places.free_port((), spec.bind))
+    if places.is_loopback(spec.bind) or spec.bind in ("0.0.0.0", ""):
+        return [first]
+    return [first, _listen_on(spec, "127.0.0.1", first.getsockname()[1])]
+
+
+def _listen_on(spec: AgentSpec, address: str, port: int) -> socket.socket:
     # The protocol is named because asyncio turns Nagle's algorithm off only then: without it every answer in two pieces
     # waits 40 ms for the other side's delayed acknowledgement.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((spec.bind, spec.port or places.free_port((), spec.bind)))
+        listener.bind((address, port))
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"agent {spec.agent} cannot listen on {spec.bind}:{spec.port}: {error}") from error
+        raise OSError(error.errno, f"agent {spec.agent} cannot listen on {address}:{port}: {error}") from error
     listener.listen(2048)
     return listener
 
@@ -85,7 +93,7 @@ def _listen(spec: AgentSpec) -> socket.socket:
 def _ready(spec: AgentSpec, port: int) -> ReadyFile:
     from orch_workers.waiter import boot_id, proc_stat
 
-    host = places.machine_address() if spec.bind in ("0.0.0.0", "") else spec.bind
+    host = places.address_of(spec.bind)
     stat = proc_stat(os.getpid())
     return ReadyFile(
         agent=spec.agent,
@@ -99,7 +107,7 @@ def _ready(spec: AgentSpec, port: int) -> ReadyFile:
     )
 
 
-async def _serve(spec: AgentSpec, listener: socket.socket, port: int) -> int:
+async def _serve(spec: AgentSpec, listeners: list[socket.socket], port: int) -> int:
     import uvicorn
 
     from orch_workers.agent import Agent
@@ -131,7 +139,7 @@ async def _serve(spec: AgentSpec, listener: socket.socket, port: int) -> int:
     gc.collect()
     gc.freeze()
     async with agent.running():
-        serving = asyncio.create_task(server.serve([listener]))
+        serving = asyncio.create_task(server.serve(listeners))
         leaving = asyncio.create_task(agent.leaving.wait())
         await asyncio.wait((serving, leaving), return_when=asyncio.FIRST_COMPLETED)
         await agent.flushed(FAREWELL)

@@ -474,7 +474,7 @@ class Agent:
     # -- placing ------------------------------------------------------------------------------------------------------
 
     def _address(self, place: Place) -> tuple[str, int]:
-        host = place.host or ("127.0.0.1" if places.is_loopback(self.spec.bind) else places.machine_address())
+        host = place.host or places.address_of(self.spec.bind)
         taken = {work.port for work in self.works.values()} | {self.port}
         return host, place.port or places.free_port(taken)
 

@@ -23,7 +23,7 @@ MAX_ITEMS = 500
 MAX_BYTES = 1 << 20
 RETRY_FIRST = 0.1
 RETRY_MOST = 2.0
-BEAT_TIMEOUT = 2.0
+BEAT_TIMEOUT = 5.0
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Container, Iterable
 from pathlib import Path
 
-__all__ = ["accepts", "answers", "free_port", "is_loopback", "listens", "machine_address"]
+__all__ = ["accepts", "address_of", "answers", "free_port", "is_loopback", "listens", "machine_address"]
 
 _LOWEST = 10_240
 _LISTEN = "0A"
@@ -30,6 +30,11 @@ def machine_address() -> str:
         except OSError:
             return "127.0.0.1"
         return str(probe.getsockname()[0])
+
+
+def address_of(bind: str) -> str:
+    """Where others reach what listens on `bind`."""
+    return machine_address() if bind in ("0.0.0.0", "") else bind
 
 
 def free_port(taken: Container[int], host: str = "") -> int:

@@ -62,9 +62,8 @@ class LocalRuntime:
 
     def _spawn(self, app_dir: str, spec_file: Path, log: Path) -> subprocess.Popen[bytes]:
         with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
-            # -P: the app's folder must not shadow the standard library of our own process.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "orch_workers", str(spec_file)],
+                self._command(spec_file),
                 cwd=app_dir,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -73,6 +72,10 @@ class LocalRuntime:
             )
         self._children[process.pid] = process
         return process
+
+    def _command(self, spec_file: Path) -> list[str]:
+        # -P: the app's folder must not shadow the standard library of our own process.
+        return [sys.executable, "-P", "-m", "orch_workers", str(spec_file)]
 
     async def poll(self, handle: Handle) -> str | None:
         child = self._children.get(handle["pid"])
