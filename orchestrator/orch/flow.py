@@ -93,7 +93,8 @@ class Flow(Component):
                 f"{self.name}.{name}: this {type(value).__name__} belongs to {value.name}: make another one"
             )
         if name in self._vars:
-            if self._vars.get(name) is not None:
+            # None, or an empty list or dict, may stand for children that come later.
+            if self._vars.get(name) not in ((None, [], {}) if isinstance(value, Structure) else (None,)):
                 raise StateTypeError(f"{self.name}.{name} is a state variable, it cannot become a child")
             self._vars.drop(name)
             program = self._find_program()

@@ -178,6 +178,7 @@ app = App(Root())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "more", "said", "code"),
     [

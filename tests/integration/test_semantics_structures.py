@@ -245,3 +245,26 @@ def test_a_list_of_components_is_taken_at_every_place_where_it_is_assigned() -> 
     assert tester.state["structures"]["late"]["order"] == ["0", "1"]
     tester.restart_server()
     assert [leaf.x for leaf in tester.flow.late] == [1, 2]
+
+
+class Placeholders(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.models = []
+        self.table = {}
+        self.rows = [1]
+        self.table = {"a": Leaf(1)}
+
+
+def test_an_empty_list_or_dict_may_stand_for_children_that_come_later() -> None:
+    tester = AppTester(Placeholders())
+    tester.settle()
+    assert list(tester.state["structures"]) == ["table"]
+    change(tester, lambda flow: setattr(flow, "models", [Leaf(2)]))
+    change(tester, lambda flow: flow.models.append(Leaf(3)))
+    for _ in range(2):
+        assert [leaf.x for leaf in tester.flow.models] == [2, 3]
+        assert tester.state["vars"] == {"rows": [1]}
+        tester.restart_server()
+    with pytest.raises(StateTypeError, match=r"rows is a state variable"):
+        change(tester, lambda flow: setattr(flow, "rows", [Leaf()]))
