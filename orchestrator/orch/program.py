@@ -578,9 +578,15 @@ class Program:
             if here.left is not None:
                 result.how, result.message = here.left.how, here.left.message
             if result.how in ("end", "blocked"):
-                result.layout, result.frontends = self._layout()
-                if here.records:
-                    result.routes = self.api_routes()
+                try:
+                    result.layout, result.frontends = self._layout()
+                    if here.records:
+                        result.routes = self.api_routes()
+                except PassOver as over:
+                    raise UsageError(
+                        "configure_layout() and configure_api() say what there is: they cannot wait for a call, stop or "
+                        "fail the app"
+                    ) from over
         except (Exception, SystemExit, RecursionError) as error:
             return PassResult(
                 how="error",
@@ -630,6 +636,11 @@ class Program:
             layout = [{"name": component._attribute or "app", "content": layout}]
         elif isinstance(layout, dict):
             layout = [layout]
+        elif isinstance(layout, str) or not isinstance(layout, Iterable):
+            raise UsageError(
+                f"{component.name}.configure_layout(): {layout!r} is no layout",
+                hint='give a list of {"name": str, "content": ...}, one of them, or a Frontend',
+            )
         tabs: list[dict[str, Any]] = []
         for entry in layout:
             if not isinstance(entry, dict) or "name" not in entry or "content" not in entry:
@@ -647,6 +658,8 @@ class Program:
             return {"name": name, "component": None, "url": content, "kind": "url"}
         if isinstance(content, Work):
             return {"name": name, "component": short_name(content.name), "kind": "work"}
+        if content is owner:
+            raise UsageError(f"{owner.name}.configure_layout(): tab {name!r} shows the flow whose tabs these are")
         if isinstance(content, Flow):
             inner = self._tabs(content, frontends)
             if len(inner) == 1:

@@ -165,6 +165,25 @@ def test_what_is_no_layout_fails_the_app_naming_the_flow(layout: Any) -> None:
     assert "root.configure_layout()" in tester.message
 
 
+@pytest.mark.parametrize("layout", [lambda flow: flow.child, lambda flow: {"name": "A", "content": flow}])
+def test_a_flow_is_no_layout_and_no_tab_of_its_own(layout: Callable[[Any], Any]) -> None:
+    tester = shown(layout)
+    assert tester.exit_code == 1
+    assert "UsageError: root.configure_layout()" in tester.message
+
+
+@pytest.mark.parametrize("ask", [lambda flow: flow.again.run(), lambda flow: flow.stop("x")])
+def test_a_layout_cannot_block_or_stop(ask: Callable[[Any], Any]) -> None:
+    flow = Root()
+    flow.again = ScriptWork("again")
+    flow._layout = ask
+    tester = AppTester(flow)
+    tester.settle()
+    assert tester.exit_code == 1
+    assert "UsageError: configure_layout()" in tester.message
+    assert tester.calls("again") == []
+
+
 def test_a_layout_that_raises_commits_nothing() -> None:
     flow = Root()
     flow._body = lambda flow: setattr(flow, "count", 5)
