@@ -24,7 +24,7 @@ from orch.errors import CallError, OrchError, StateTypeError, UsageError
 from orch.flow import Flow
 from orch.frontends import Frontend, StaticFrontend, StreamlitFrontend
 from orch.schedule import following, next_tick
-from orch.state import format_pointer, parse_pointer, split_pointer
+from orch.state import apply_ops, format_pointer, parse_pointer, split_pointer
 from orch.structures import Dict, List, Structure
 from orch.wire import ComponentRecord, Op
 from orch.work import Work, WorkSpec, WorkView
@@ -584,8 +584,8 @@ class Program:
                         result.routes = self.api_routes()
                 except PassOver as over:
                     raise UsageError(
-                        "configure_layout() and configure_api() say what there is: they cannot wait for a call, stop or "
-                        "fail the app"
+                        "configure_layout() and configure_api() say what there is: "
+                        "they cannot wait for a call, stop or fail the app"
                     ) from over
         except (Exception, SystemExit, RecursionError) as error:
             return PassResult(
@@ -748,18 +748,53 @@ def _put_back(child: Component, container: Structure, position: int, below: list
 
 
 def _squashed(ops: list[Op]) -> list[Op]:
-    """The same change in fewer operations: an attribute that is only ever replaced keeps its last value."""
-    last: dict[str, int] = {}
-    mixed: set[str] = set()
-    for i, op in enumerate(ops):
-        target = split_pointer(parse_pointer(op["path"]))
-        if target is None:
-            return ops  # components come or go: paths mean something else before and after
-        attribute = format_pointer((*target.component, "vars", target.attr))
-        if target.rest or op["op"] != "replace":
-            mixed.add(attribute)
-        last[attribute] = i
-    return [op for i, op in enumerate(ops) if op["path"] in mixed or last.get(op["path"], i) == i]
+    """The same change in fewer operations: what is written twice is written once, and what is written into a value
+    that this pass has written is part of it. So a value that ends as it began is no change, however it got there."""
+    done: list[Op | None] = []
+    written: dict[tuple[str, ...], int] = {}
+    """Paths through dicts only (list indexes move), none below another -> which of `done` wrote there."""
+    below: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for op in ops:
+        path = parse_pointer(op["path"])
+        target = split_pointer(path)
+        if target is None or "from" in op:  # components come or go: paths mean something else before and after
+            written.clear()
+            below.clear()
+            done.append(op)
+            continue
+        top = len(path) - len(target.rest)
+        holder = next((path[:n] for n in range(top, len(path)) if path[:n] in written), None)
+        known = done[written[holder]] if holder is not None else None
+        if holder is not None and known is not None:
+            inside = {**op, "path": format_pointer(("value", *path[len(holder) :]))}
+            apply_ops(known, [inside])
+            continue
+        if path in written:
+            _rewrite(done, written, path, op)
+            continue
+        for moot in below.pop(path, ()):
+            if moot in written:
+                done[written.pop(moot)] = None
+        done.append(op)
+        if not any(token.isdigit() or token == "-" for token in target.rest):
+            written[path] = len(done) - 1
+            for n in range(top, len(path)):
+                below.setdefault(path[:n], set()).add(path)
+    return [op for op in done if op is not None]
+
+
+def _rewrite(done: list[Op | None], written: dict[tuple[str, ...], int], path: tuple[str, ...], op: Op) -> None:
+    """`op` at a path that was written before: one operation says both."""
+    at = written[path]
+    before = done[at]
+    assert before is not None
+    if before["op"] == "add" and op["op"] == "remove":
+        done[at] = None
+        del written[path]
+    elif op["op"] == "remove":
+        done[at] = op
+    else:
+        done[at] = {**op, "op": "add" if before["op"] == "add" else "replace"}
 
 
 def _frontend(owner: Flow, content: Frontend, frontends: dict[str, dict[str, Any]]) -> str:

@@ -8,6 +8,8 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orch import App, BuildConfig, CloudCompute, Dict, Drive, Flow, List, ScriptWork, ServiceWork, Work
 from orch.errors import StateTooLarge, StateTypeError
@@ -800,6 +802,90 @@ def test_a_value_that_is_the_same_at_the_end_of_the_pass_is_no_change() -> None:
 
     tester = started(Passing(), body)
     assert tester.passes == 1
+
+
+class Nested(Base):
+    def declare(self) -> None:
+        self.d: dict[str, Any] = {"a": 1, "b": {"c": [1, 2], "k": 0}, "0": 1}
+        self.rows: list[Any] = [{"x": 1}, [2]]
+        self.counts = Counter("aab")
+
+
+def refill(flow: Any) -> None:
+    flow.rows.clear()
+    flow.rows.extend([{"x": 0}, [2]])
+    flow.rows[0]["x"] = 1
+
+
+def count_again(flow: Any) -> None:
+    flow.counts.clear()
+    flow.counts.update("baa")
+
+
+def busy(flow: Any) -> None:
+    flow.d["b"]["k"] = "busy"
+    flow.d["a"] += 1
+    flow.d["b"]["k"] = 0
+    flow.d["a"] -= 1
+
+
+def scratch(flow: Any) -> None:
+    flow.d["tmp"] = {"x": 1}
+    flow.d["tmp"]["y"] = 2
+    flow.d["a"] = flow.d.pop("a")
+    del flow.d["tmp"]
+
+
+def rebuild(flow: Any) -> None:
+    flow.d["b"]["c"] = []
+    flow.d["b"]["new"] = 1
+    flow.d["b"] = {}
+    flow.d["b"]["k"] = 0
+    flow.d["b"].setdefault("c", []).extend([1, 2])
+
+
+@pytest.mark.parametrize("body", [refill, count_again, busy, scratch, rebuild])
+def test_a_container_that_is_the_same_at_the_end_of_the_pass_is_no_change(body: Callable[[Any], None]) -> None:
+    tester = started(Nested(), body)
+    assert (tester.passes, tester.rev) == (1, 1)
+
+
+KEYS = st.sampled_from(["a", "b", "0", "-", "c~/"])
+SMALL = st.recursive(
+    st.integers(0, 1), lambda inner: st.dictionaries(KEYS, inner, max_size=2) | st.lists(inner, max_size=2)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), KEYS, SMALL), max_size=12))
+def test_what_a_pass_did_and_what_it_commits_are_the_same(steps: list[tuple[int, int, str, Any]]) -> None:
+    def body(flow: Any) -> None:
+        for verb, depth, key, value in steps:
+            place = flow.d
+            for _ in range(depth):
+                inner = [
+                    v for v in (place.values() if isinstance(place, dict) else place) if isinstance(v, dict | list)
+                ]
+                place = inner[-1] if inner else place
+            if isinstance(place, list):
+                if verb % 2:
+                    place.append(value)
+                else:
+                    place.insert(0, value)
+                if verb > 4:
+                    place.pop(0)
+            elif verb < 4:
+                place[key] = value
+            elif verb < 6:
+                place.pop(key, None)
+            elif verb == 6:
+                place.clear()
+            else:
+                flow.d = {"a": value}
+
+    tester = started(Nested())
+    in_pass(tester, body)
+    assert tester.state["vars"] == tester.flow._vars.snapshot()
 
 
 def test_its_own_state_starts_another_pass_if_the_last_one_reached_its_end() -> None:
