@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from abc import ABCMeta
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +117,8 @@ def build(record: ComponentRecord) -> Any:
 # ---- the base class --------------------------------------------------------------------------------------------------
 
 
-class _Meta(type):
-    """Records constructor arguments, and knows when `__init__` is over."""
+class _Meta(ABCMeta):
+    """Records constructor arguments, and knows when `__init__` is over. (Of ABCMeta: users may derive from ABC too.)"""
 
     def __call__(cls, /, *args: Any, **kwargs: Any) -> Any:
         component: Any = cls.__new__(cls, *args, **kwargs)  # type: ignore[arg-type]

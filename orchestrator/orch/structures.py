@@ -145,6 +145,12 @@ class List(Structure):
         self.extend(members)
         return self
 
+    def __add__(self, members: Iterable[Any]) -> list[Any]:
+        return [*self, *members]
+
+    def __radd__(self, members: Iterable[Any]) -> list[Any]:
+        return [*members, *self]
+
     def pop(self, index: int = -1) -> Component:
         return self._remove(list(self._items)[index])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from enum import IntEnum, StrEnum
@@ -245,6 +246,24 @@ class WithProperty(Base):
     @fahrenheit.setter
     def fahrenheit(self, value: float) -> None:
         self.celsius = (value - 32) * 5 / 9
+
+
+def test_flows_and_works_may_be_abstract() -> None:
+    class Step(Flow, ABC):
+        @abstractmethod
+        def step(self) -> int: ...
+
+    class One(Step):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n = self.step()
+
+        def step(self) -> int:
+            return 1
+
+    with pytest.raises(TypeError, match="abstract"):
+        Step()  # type: ignore[abstract]
+    assert AppTester(One()).state["vars"] == {"n": 1}
 
 
 def test_properties_with_setters_work() -> None:

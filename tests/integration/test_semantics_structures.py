@@ -76,6 +76,14 @@ def test_list_operations() -> None:
     same_as_tree(tester)
 
 
+def test_lists_add_up_to_an_ordinary_list() -> None:
+    items = started().flow.items
+    other = [Leaf(5)]
+    assert [leaf.x for leaf in items + other] == [0, 1, 2, 5]
+    assert [leaf.x for leaf in other + items] == [5, 0, 1, 2]
+    assert type(items + items) is list
+
+
 def test_dict_operations() -> None:
     tester = started()
     change(tester, lambda flow: flow.table.update({"c": Leaf(12)}))
