@@ -133,6 +133,7 @@ class Flow(Component):
         program = self._find_program()
         if program is not None:
             program.component_removed(child, container, position)
+        child._given_name = child.name  # what it was called
         child._parent = None
         child._container = None
 

@@ -195,8 +195,8 @@ class AppTester:
 
     @property
     def state(self) -> dict[str, Any]:
-        """The state tree."""
-        return self.engine.tree.root
+        """The state tree as it is now: a copy, which stays as it is."""
+        return dict(_copied(self.engine.tree.root))
 
     @property
     def rev(self) -> int:
@@ -304,7 +304,7 @@ class AppTester:
 
     def _continue(self, *, clean: bool) -> None:
         self._queue.clear()
-        tree = msgspec.json.decode(msgspec.json.encode(self.engine.tree.root))
+        tree = self.state
         program = Program(self._class(*decode_argument(self._record.args), **decode_argument(self._record.kwargs)))
         self.notes += program.restore(tree, self.facts.get("component", {}), self.facts.get("call", {}))
         self._begin_server(program, with_calls(program.node(), tree), self.engine.tree.rev, clean=clean)
@@ -402,7 +402,7 @@ class AppTester:
             if value is None:
                 kept.pop(key, None)
             else:
-                kept[key] = msgspec.json.decode(msgspec.json.encode(value))
+                kept[key] = _copied(value)
 
     def _carry_out(self, instructions: Iterable[Instruction]) -> None:
         self._commit()
@@ -560,3 +560,7 @@ class AppTester:
             return
         fake.current, fake.ready = None, False
         self._report(Ended(work=fake.name, call=call.call, attempt=call.attempt, at=self.now, **how))
+
+
+def _copied(value: Any) -> Any:
+    return msgspec.json.decode(msgspec.json.encode(value))

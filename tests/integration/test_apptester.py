@@ -80,6 +80,15 @@ def test_settings_of_a_fake_work() -> None:
     assert "no such file" in tester.message
 
 
+def test_a_state_that_was_read_stays_as_it_was() -> None:
+    tester = started()
+    before = tester.state
+    tester.set("count", 5)
+    assert (before["vars"]["count"], tester.state["vars"]["count"]) == (0, 5)
+    before["vars"]["count"] = 7
+    assert tester.state["vars"]["count"] == 5
+
+
 def test_kill() -> None:
     tester = started(lambda flow: flow.w.run(), w={"run_for": None})
     tester.kill(tester.flow.w)

@@ -733,6 +733,7 @@ def test_a_removed_work_cannot_be_asked_any_more() -> None:
     gone = tester.flow.models[0]
     tester.flow._body = lambda flow: None
     in_pass(tester, lambda flow: flow.models.pop())
+    assert gone.name == "root.models.0"
     with pytest.raises(Exception, match="not part of the app"):
         in_pass(tester, lambda flow: gone.run())
 
