@@ -362,8 +362,8 @@ async def test_methods_may_be_async_and_take_what_fastapi_gives(backend: FakeBac
     async def posted(request: Request) -> int:
         return len(await request.body())
 
-    async def uploaded(file: UploadFile, name: Annotated[str, Form()]) -> str:
-        return f"{name}: {len(await file.read())}"
+    async def uploaded(request: Request, file: UploadFile, name: Annotated[str, Form()]) -> str:
+        return f"{name}: {len(await file.read())}{request.url.path}"
 
     def answered(response: Response, tasks: BackgroundTasks) -> str:
         response.status_code = 201
@@ -376,7 +376,7 @@ async def test_methods_may_be_async_and_take_what_fastapi_gives(backend: FakeBac
     large = b"x" * 3_000_000
     async with served(backend) as http:  # (a body in many pieces)
         assert (await http.post("/p", content=large)).json() == len(large)
-        assert (await http.post("/u", files={"file": large}, data={"name": "n"})).json() == "n: 3000000"
+        assert (await http.post("/u", files={"file": large}, data={"name": "n"})).json() == "n: 3000000/u"
         answer = await http.get("/a")
         assert (answer.status_code, answer.json(), answer.headers["x-own"]) == (201, "made", "1")
     assert done == ["task"]

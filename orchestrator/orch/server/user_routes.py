@@ -13,12 +13,13 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.encoders import jsonable_encoder
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match
 
 from orch.calls import Call
 from orch.errors import OrchError, UsageError
+from orch.server.asgi import ClientGone
 from orch.server.backend import ApiRoute
 from orch.server.context import Context
 from orch.server.proxy import VIEW
@@ -90,7 +91,12 @@ class UserRoutes:
         async def endpoint(**kwargs: Any) -> Any:
             for value in kwargs.values():
                 if isinstance(value, Request):
-                    await value.body()  # kept in it: the method has another event loop, or none
+                    try:
+                        await value.body()  # kept in it: the method has another event loop, or none
+                    except ClientDisconnect:
+                        raise ClientGone from None
+                    except RuntimeError:
+                        pass  # a form has been read from it already
 
             def answer() -> Any:
                 try:
