@@ -585,16 +585,12 @@ class Engine:
         self._emit(FileEvent(drive=item.drive, manifest=item.manifest))
         if item.manifest.get("partial"):
             return
+        inside, version = item.manifest["path"], item.manifest["version"]
         published = [
-            {
-                "path": _joined(item.manifest.get("path", ""), entry.get("name", "")),
-                "size": entry.get("size"),
-                "version": item.manifest.get("version"),
-            }
+            {"path": _drive_path(item.manifest, entry["name"]), "size": entry["size"], "version": version}
             for entry in item.manifest.get("entries", [])
         ]
-        inside = item.manifest.get("path", "")
-        kept = [f for f in work.files if f["path"] != inside and not f["path"].startswith(inside + "/")]
+        kept = [f for f in work.files if inside not in (".", f["path"]) and not f["path"].startswith(inside + "/")]
         work.files = (published + kept)[:SHOWN_FILES]
         self._touch(work)
         self._wake()
@@ -1490,5 +1486,8 @@ def _dotted(component: tuple[str, ...]) -> list[str]:
     return parts
 
 
-def _joined(path: str, name: str) -> str:
-    return f"{path}/{name}" if name and name != "." else path
+def _drive_path(manifest: Mapping[str, Any], name: str) -> str:
+    """Where a file of a published version is on the Drive."""
+    if not manifest["is_dir"]:
+        return str(manifest["path"])
+    return name if manifest["path"] == "." else f"{manifest['path']}/{name}"

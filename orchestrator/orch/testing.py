@@ -32,6 +32,7 @@ from orch.events import (
     AskCall,
     Event,
     Exit,
+    FileEvent,
     ForgetWorks,
     Instruction,
     LaunchAgent,
@@ -73,6 +74,7 @@ from orch.wire import (
     WorkReport,
 )
 from orch.work import Work
+from orch_drive.manifest import Entry, Manifest, ManifestIndex, from_json
 
 __all__ = ["AppTester", "FakeClock", "FakeWork"]
 
@@ -93,6 +95,7 @@ class FakeWork:
     """What the fake runtime does when a Work's call is started. All times in seconds.
 
     Attributes:
+        publishes: Drive paths of files that a successful attempt publishes, one complete version each.
         run_for: the attempt ends by itself after so long; None: it runs until it is stopped.
         exit_code: what it exits with (0: success). A list gives one per attempt, the last one stays.
         result: of a successful call. exception: message of an exception instead of an exit code.
@@ -107,6 +110,7 @@ class FakeWork:
         self.exit_code: int | list[int] = 0
         self.result: Any = None
         self.exception = ""
+        self.publishes: list[str] = []
         self.start_error = ""
         self.start_after = 0.0
         self.ready_after: float | None = 0.0 if service else None
@@ -155,6 +159,7 @@ class AppTester:
         self._order = count()
         self._seq = 0
         self._unacked: list[tuple[int, Item]] = []
+        self._drives: dict[str, ManifestIndex] = {}
         self._epoch = 1
         self._silent_since: float | None = None
         self._undelivered: list[Instruction] = []
@@ -164,6 +169,7 @@ class AppTester:
         self, program: Program, tree: dict[str, Any] | None = None, rev: int = 0, *, clean: bool = False
     ) -> None:
         self.program = program
+        program.drive_index = self._drive
         self.flow = program.root
         self.routes = program.api_routes()
         config = Config(app="test", run=1, base_url="http://testserver")
@@ -258,8 +264,28 @@ class AppTester:
         assert fake.current is not None, f"{name} is not running"
         self._report(Progress(work=name, call=fake.current.call, progress=progress, metrics=metrics or {}))
 
-    def publish(self, name: str, manifest: dict[str, Any]) -> None:
-        self._report(Published(work=name, drive="app", manifest=manifest))
+    def publish(self, name: str, path: str, files: dict[str, int] | None = None, *, partial: bool = False) -> None:
+        """The work publishes a version of a path of `Drive("app")`.
+
+        Args:
+            files: size by name, relative to `path`, which is a folder then; without it `path` is a file of one byte.
+        """
+        names = {path.rpartition("/")[2]: 1} if files is None else files
+        name = short_name(name)
+        versions = self._drive("app").versions(path, component=name)
+        manifest = Manifest(
+            drive="app",
+            component=name,
+            path=path,
+            version=0 if partial else 1 + max((info.version for info in versions), default=0),
+            serial=next(self._order) + 1,
+            is_dir=files is not None,
+            entries=[Entry(name=entry, size=size, sha256="") for entry, size in names.items()],
+            partial=partial,
+            epoch=self._epoch,
+            at=self.now,
+        )
+        self._report(Published(work=name, drive="app", manifest=msgspec.to_builtins(manifest)))
 
     def kill(self, work: str | Work) -> None:
         """The Work's process gets SIGKILL from somebody."""
@@ -367,6 +393,9 @@ class AppTester:
         self.clock.now = end
 
     # -- the wheels
+    def _drive(self, drive: str) -> ManifestIndex:
+        return self._drives.setdefault(drive, ManifestIndex())
+
     def _ask(self, make: Callable[[int], Event]) -> Any:
         ticket = next(self._tickets)
         self._event(make(ticket))
@@ -464,6 +493,8 @@ class AppTester:
                 self._queue.append(lambda: self._event(AgentPolled(agent=agent, status=status)))
             case Routes(routes=routes):
                 self.routes = routes
+            case FileEvent(drive=drive, manifest=manifest):
+                self._drive(drive).add(from_json(manifest))
             case Note(text=text):
                 self.notes.append(text)
             case Exit(code=code, message=message):
@@ -550,9 +581,13 @@ class AppTester:
             self._finish(fake, call, reason="exception", message=fake.exception, exit_code=1)
             return
         code = fake.code()
+        for path in fake.publishes if code == 0 else ():
+            self.publish(fake.name, path)
         reason = None if code == 0 else "exit_code"
         message = "" if code == 0 else f"exit code {code}"
         result = fake.result if code == 0 else None
+        if code == 0 and result is None and call.kind != "python":
+            result = list(fake.publishes)
         self._finish(fake, call, reason=reason, message=message, exit_code=code, result=result)
 
     def _finish(self, fake: FakeWork, call: StartCall, **how: Any) -> None:

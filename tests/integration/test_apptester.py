@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from orch import Flow, ScriptWork, Work
+from orch import Drive, Flow, ScriptWork, Work
 from orch.errors import StateForbidden, StateMismatch, StatePathError, StateTestFailed, StateTypeError
 from orch.events import Patch
 from orch.state import apply_ops
@@ -87,6 +87,37 @@ def test_a_state_that_was_read_stays_as_it_was() -> None:
     assert (before["vars"]["count"], tester.state["vars"]["count"]) == (0, 5)
     before["vars"]["count"] = 7
     assert tester.state["vars"]["count"] == 5
+
+
+class Lister(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.train = ScriptWork("train", outputs=["logs"], cache_calls=False)
+        self.drive = Drive("app")
+        self.models: list[str] = []
+        self.result: list[str] = []
+        self.goes = 0
+
+    def run(self) -> None:
+        self.models = [str(path) for path in self.drive.list("logs/*/model.pt")]
+        if self.goes:
+            self.result = self.train.run(str(self.goes)).result
+            self.goes = 0
+
+
+def test_the_flow_sees_what_its_works_publish() -> None:
+    tester = AppTester(Lister())
+    tester.settle()
+    assert (tester.exit_code, tester.flow.models) == (None, [])
+    for n in (1, 2):
+        tester.fake("train").publishes = made = [f"logs/v{n}/model.pt"]
+        tester.set("goes", n)
+        tester.until(lambda made=made: tester.flow.result == made)
+    tester.settle()
+    tester.restart_server()
+    tester.settle()
+    assert tester.state["vars"]["models"] == ["logs/v1/model.pt", "logs/v2/model.pt"]
+    assert [file["path"] for file in tester.flow.train.files] == ["logs/v2/model.pt", "logs/v1/model.pt"]
 
 
 def test_kill() -> None:

@@ -125,24 +125,34 @@ def test_attributes_speak_of_the_current_call_and_are_kept_until_the_next_one_st
 
 def test_files_are_the_last_complete_outputs_with_size_and_version() -> None:
     tester = started(Box(), run_for=None)
-    manifest = {"path": "out", "version": 3, "entries": [{"name": "a.txt", "size": 5}, {"name": "b/c", "size": 6}]}
-    tester.publish("w", {**manifest, "partial": True})
+    files = {"a.txt": 5, "b/c": 6}
+    tester.publish("w", "out", files, partial=True)
     tester.settle()
     assert tester.flow.w.files == []
-    tester.publish("w", manifest)
+    tester.publish("w", "out", files)
     tester.settle()
     assert tester.flow.w.files == [
-        {"path": "out/a.txt", "size": 5, "version": 3},
-        {"path": "out/b/c", "size": 6, "version": 3},
+        {"path": "out/a.txt", "size": 5, "version": 1},
+        {"path": "out/b/c", "size": 6, "version": 1},
     ]
-    tester.publish("w", {"path": "out", "version": 4, "entries": [{"name": "a.txt", "size": 9}]})
+    tester.publish("w", "out", {"a.txt": 9})
     tester.settle()
-    assert tester.flow.w.files == [{"path": "out/a.txt", "size": 9, "version": 4}]
+    assert tester.flow.w.files == [{"path": "out/a.txt", "size": 9, "version": 2}]
+
+
+def test_files_of_an_output_that_is_a_file_or_the_whole_folder() -> None:
+    tester = started(Box(), run_for=None)
+    tester.publish("w", "out/model.bin")
+    tester.settle()
+    assert [file["path"] for file in tester.flow.w.files] == ["out/model.bin"]
+    tester.publish("w", ".", {"a": 1, "out/b": 2})
+    tester.settle()
+    assert [file["path"] for file in tester.flow.w.files] == ["a", "out/b"]
 
 
 def test_only_the_first_1000_files_are_shown() -> None:
     tester = started(Box(), run_for=None)
-    tester.publish("w", {"path": "o", "version": 1, "entries": [{"name": str(n), "size": n} for n in range(1_500)]})
+    tester.publish("w", "o", {str(n): n for n in range(1_500)})
     tester.settle()
     assert len(tester.flow.w.files) == 1_000
 
