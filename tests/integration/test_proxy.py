@@ -259,7 +259,7 @@ async def test_what_the_upstream_may_know(setup: Setup) -> None:
         "x-hop": "1",
         "te": "trailers",
         "x-kept": "yes",
-        "referer": f"http://{setup.host}/view/work/",
+        "referer": f"http://{setup.host}/view/work/?token=app-token&y=2",
     }
     answer = await setup.http.get("/view/work/?token=wrong&x=1&token=app-toke", headers=sent)
     assert answer.json()["query"] == "x=1"
@@ -270,7 +270,7 @@ async def test_what_the_upstream_may_know(setup: Setup) -> None:
     assert (got["x-forwarded-host"], got["x-forwarded-proto"]) == (setup.host, "http")
     assert got["x-forwarded-for"] == "127.0.0.1"
     assert got["x-forwarded-prefix"] == "/view/work"
-    assert (got["x-kept"], got["referer"]) == ("yes", f"http://{setup.host}/view/work/")
+    assert (got["x-kept"], got["referer"]) == ("yes", f"http://{setup.host}/view/work/?y=2")
     assert not {"authorization", "x-hop", "te", "token"} & got.keys()
     assert "app-token" not in answer.text
 
@@ -540,8 +540,7 @@ async def test_static_frontends(setup: Setup, tmp_path: Path) -> None:
     assert (page.text, page.headers["cache-control"]) == ("<h1>hello</h1>", "no-cache")
     assert (await setup.http.get("/view/site/sub/")).text == "sub"
     redirect = await setup.http.get("/view/site/sub")
-    assert redirect.status_code == 307
-    assert httpx.URL(redirect.headers["location"]).path == "/view/site/sub/"
+    assert (redirect.status_code, redirect.headers["location"]) == (307, "/view/site/sub/")
     part = await setup.http.get("/view/site/%C3%A4%20b.txt", headers={"range": "bytes=2-4"})
     assert (part.status_code, part.text) == (206, "234")
     tag = {"if-none-match": page.headers["etag"]}

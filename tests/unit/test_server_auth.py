@@ -103,6 +103,7 @@ async def test_with_a_cookie_writes_need_an_own_origin(backend: FakeBackend, ori
         ("[::1]:7501", 200),
         ("studio.lan:7501", 200),
         ("Studio.Lan.", 200),
+        ("proxy.lan", 200),
         ("evil.example", 403),
         ("127.0.0.1.evil.example", 403),
         ("localhost.evil.example:7501", 403),
@@ -111,7 +112,7 @@ async def test_with_a_cookie_writes_need_an_own_origin(backend: FakeBackend, ori
     ],
 )
 async def test_the_host_is_checked(backend: FakeBackend, host: str, status: int) -> None:
-    async with in_memory(backend, allow_hosts=["studio.lan"]) as http:
+    async with in_memory(backend, allow_hosts=["studio.lan", "proxy.lan:8443"]) as http:
         answer = await http.get("/api/v1/app", headers={"host": host})
         assert answer.status_code == status
         if status == 403:

@@ -74,7 +74,7 @@ class Guard:
     def __init__(self, app: App, backend: Backend, allow_hosts: Collection[str] = ()) -> None:
         self._app = app
         self._backend = backend
-        self._allow_hosts = {name.lower().rstrip(".") for name in allow_hosts}
+        self._allow_hosts = {_host_name(name).lower().rstrip(".") for name in allow_hosts}
         self._cookie = COOKIE_PREFIX + backend.app_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -120,6 +120,10 @@ class _Route:
                 kept = _foreign_cookies(value)
                 if kept:
                     headers.append((key, kept))
+            elif key == b"referer":
+                page, mark, query = value.partition(b"?")
+                query = without_token(query)
+                headers.append((key, page + mark + query if query else page))
             elif key == b"x-forwarded-for":
                 forwarded_for.append(value)
             elif key == b"x-forwarded-proto":
@@ -372,7 +376,9 @@ class Proxy:
     async def _static(self, target: StaticTarget, view: str, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_fresh(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"cache-control", b"no-cache")]
+                # Of a redirect only the path: a TLS proxy in front of us has another scheme.
+                fields = [(k, _path_of(v) if k == b"location" else v) for k, v in message.get("headers", [])]
+                message["headers"] = [*fields, (b"cache-control", b"no-cache")]
             await send(message)
 
         problem = Problem.plain(404, f"{scope['path']} is not among the files of {target.component}")
@@ -432,6 +438,11 @@ class Proxy:
             await _relay(upstream, receive, send)
         finally:
             self.open_websockets -= 1
+
+
+def _path_of(url: bytes) -> bytes:
+    parts = urlsplit(url)
+    return parts.path + (b"?" + parts.query if parts.query else b"")
 
 
 async def _raw(response: httpx.Response) -> AsyncGenerator[bytes, None]:
