@@ -983,9 +983,9 @@ class Service:
         stage = str(call.stage) if call is not None else "not_started"
         message = self.redacted(call.message) if call is not None else work.failed_to_place
         if stage == "stopped" and not message:
-            message = f"- `orch restart {component}` starts it again"
+            message = f"`orch restart {component}` starts it again"
         elif stage == "running" and not message:
-            message = f"- nothing answers on port {work.port} yet" if work.port else ""
+            message = f"nothing answers on port {work.port} yet" if work.port else ""
         lines = self._tail_of(work.spec.name) if stage in ("failed", "pending", "running") else []
         title = work.spec.display_name or component
         return WaitingTarget(component, title, stage, message, lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -130,7 +129,7 @@ def dashboard_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def dashboard(args: argparse.Namespace) -> int:
-    """Blocks until Ctrl-C."""
+    """Becomes the dashboard's server: whatever ends this process ends that."""
     if importlib.util.find_spec("streamlit") is None:
         raise UsageError(
             "dashboard: streamlit is not installed", hint="it comes with the extra [ui]: pip install 'orch[ui]'"
@@ -145,18 +144,14 @@ def dashboard(args: argparse.Namespace) -> int:
         )
     command = [sys.executable, "-P", "-m", "streamlit", "run", spec.origin, "--server.address=127.0.0.1"]
     command += ["--browser.gatherUsageStats=false", f"--server.headless={str(not _opens(args)).lower()}"]
+    command += ["--client.toolbarMode=viewer", "--server.fileWatcherType=none", "--theme.primaryColor=#6d3fd1"]
     if args.port is not None:
         command.append(f"--server.port={args.port}")
     env = {**os.environ, "ORCH_FLOW_URL": target.url, "ORCH_FLOW_TOKEN": target.token}
     note("dashboard; Ctrl-C ends it")
-    child = subprocess.Popen(command, env=env)
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        # From a terminal it has had the same Ctrl-C.
-        child.terminate()
-        child.wait()
-        return 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, env)
 
 
 def _opens(args: argparse.Namespace) -> bool:

@@ -79,7 +79,7 @@ def waiting_page(target: WaitingTarget, redactor: Redactor) -> bytes:
     values = {
         "component": target.component,
         "title": target.title,
-        "stage": target.stage,
+        "stage": target.stage.replace("_", " "),
         "message": target.message,
         "last_lines": "\n".join(target.last_lines),
     }

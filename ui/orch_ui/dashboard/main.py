@@ -51,7 +51,17 @@ def works_of(node: dict[str, Any], prefix: str = "") -> dict[str, dict[str, Any]
 
 @st.fragment(run_every=2.0)
 def picture() -> None:
-    """Tables that follow the app."""
+    """Tables that follow the app, or why there are none."""
+    try:
+        draw()
+    except KeyError as error:
+        st.error(f"{error} is not set: this page is started by orch")
+    except httpx.HTTPError as error:
+        st.error(f"The app does not answer: {error}. Is it running?")
+
+
+def draw() -> None:
+    """What the app says now."""
     app, status, tree = get("/app").json(), get("/status").json(), get("/state").json()
     st.title(app["name"])
     st.caption(f"run {app['run']} · {status['stage']} {status.get('message') or ''} · revision {status['rev']}")
@@ -71,12 +81,7 @@ def picture() -> None:
 
 def main() -> None:
     st.set_page_config(page_title="orch", layout="wide")
-    try:
-        picture()
-    except KeyError as error:
-        st.error(f"{error} is not set: this page is started by orch")
-    except httpx.HTTPError as error:
-        st.error(f"The app does not answer: {error}. Is it running?")
+    picture()
 
 
 main()
