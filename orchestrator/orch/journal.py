@@ -311,7 +311,7 @@ class Journal:
         self._since_revisions, self._since_bytes, self._snapshot_bytes = revisions, size, snapshot
         return Loaded(tree, facts)
 
-    def at(self, run: int, rev: int) -> Any:
+    def at(self, run: int, rev: int) -> StateTree:
         """The state as it was at a revision. Raises NotFound if that is no longer (or not yet) kept."""
         with _explained(self.path):
             oldest = self._number("SELECT min(rev) FROM snapshots WHERE run = ?", run)
@@ -323,7 +323,7 @@ class Journal:
             if oldest is None or newest is None or not oldest <= rev <= newest:
                 kept = f"kept are {oldest} to {newest}" if newest is not None else "nothing is kept"
                 raise NotFound(f"revision {rev} of run {run} is not kept: {kept}")
-            return self._replay(run, rev)[0].root
+            return self._replay(run, rev)[0]
 
     def revisions(self, run: int, after: int, limit: int) -> list[Revision]:
         """Up to `limit` kept revisions after a revision, oldest first."""

@@ -47,7 +47,7 @@ from orch.runtimes.base import Handle, Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.server.sockets import bind_socket
-from orch.state import StateTree, copy_json, format_pointer
+from orch.state import copy_json, format_pointer
 from orch.wire import (
     AgentSpec,
     AgentStatus,
@@ -996,8 +996,8 @@ class Service:
         await self._journalled()
         head = self.engine.tree.rev
         if rev is not None and rev != head:
-            state = await self._journal(self.journal.at, self.run, rev)
-            return _at(state, pointer), rev, head
+            then = await self._journal(self.journal.at, self.run, rev)
+            return then.get(pointer), then.value_rev(pointer), head
         value = self.engine.tree.get(pointer)
         return copy_json(value), self.engine.tree.value_rev(pointer), head
 
@@ -1312,7 +1312,3 @@ def _shown_host(host: str) -> str:
     if host in ("0.0.0.0", "::", ""):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
-
-
-def _at(tree: Any, pointer: str) -> Any:
-    return StateTree(tree).get(pointer) if isinstance(tree, dict) else tree

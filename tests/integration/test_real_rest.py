@@ -238,7 +238,13 @@ def check_waiting(rest: Rest) -> None:
     reader.join(10)
     assert found == [1234]
     # An earlier revision, and one that is none.
-    assert rest("GET", f"/state/vars/x?rev={rev}").json() == answer.json()
+    then = rest("GET", f"/state/vars/x?rev={rev}")
+    assert (then.json(), then.headers["etag"]) == (answer.json(), answer.headers["etag"])
+    # Its tag says when it last changed, whatever else has changed up to the revision that is asked for.
+    later = rest("PUT", "/state/vars/rows", json=["later"]).json()["rev"]
+    assert rest("PUT", "/state/vars/rows", json=["latest"]).json()["rev"] > later
+    assert rest("GET", f"/state/vars/x?rev={later}").headers["etag"] == f'"{changed}"'
+    assert rest("GET", f"/state?rev={later}").headers["etag"] == f'"{later}"'
     assert rest("GET", f"/state/vars/x?rev={changed}").json() == 1234
     problem(rest("GET", "/state/vars/x?rev=99999999"), 404)
     [row] = rest("GET", "/history/vars/x?limit=1").json()

@@ -141,8 +141,8 @@ def test_earlier_revisions_and_history(journal: Journal) -> None:
     writer.write({"op": "move", "from": "/vars/d/a", "path": "/vars/d/z"})
     writer.write({"op": "replace", "path": "/vars/d", "value": {}})
     for rev in range(6):
-        assert journal.at(writer.run, rev)["vars"]["x"] == rev
-    assert journal.at(writer.run, 8)["vars"]["d"] == {"z": {"b": 5}, "c": 6}
+        assert journal.at(writer.run, rev).root["vars"]["x"] == rev
+    assert journal.at(writer.run, 8).root["vars"]["d"] == {"z": {"b": 5}, "c": 6}
     for rev in (-1, 10):
         with pytest.raises(NotFound, match=rf"revision {rev} of run 1 is not kept: kept are 0 to 9"):
             journal.at(writer.run, rev)
@@ -174,7 +174,7 @@ def test_the_ring(monkeypatch: pytest.MonkeyPatch, path: Path, journal: Journal)
     assert kept[-1].rev == 500
     oldest = kept[0].rev - 1
     for rev in range(oldest, 501):
-        assert journal.at(writer.run, rev)["vars"]["x"] == rev
+        assert journal.at(writer.run, rev).root["vars"]["x"] == rev
     with pytest.raises(NotFound):
         journal.at(writer.run, oldest - 1)
     db = sqlite3.connect(path)

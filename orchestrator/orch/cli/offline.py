@@ -43,7 +43,7 @@ def read_offline(target: Target, *, rev: int | None = None) -> Recorded:
     journal, run = _open(target)
     try:
         if rev is not None:
-            return Recorded(run, journal.at(run.run, rev), rev)
+            return Recorded(run, journal.at(run.run, rev).root, rev)
         loaded = journal.load(run.run)
         return Recorded(run, loaded.state, loaded.rev)
     finally:
