@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -239,6 +240,28 @@ def test_a_start_in_the_background_says_what_a_start_says(cli: Cli) -> None:
         assert "orch run 1 was cut off: resuming it (--fresh starts over)" in said
         assert said[-1].startswith("http://127.0.0.1:")
         assert not any("listening" in line for line in said)
+
+
+def test_watching_ends_with_the_app(cli: Cli) -> None:
+    cli.start()
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-P", "-m", "orch.cli", "ps", "--watch"]
+    with (
+        os.fdopen(terminal, "rb", buffering=0) as screen,
+        subprocess.Popen(command, cwd=cli.folder, env=cli.env, stdin=end, stdout=end, stderr=end) as watch,
+    ):
+        os.close(end)
+        seen = b""
+        try:
+            while b"running" not in seen:
+                seen += screen.read(65536)
+            cli("stop")
+            while piece := screen.read(65536):
+                seen += piece
+        except OSError:  # EIO: nobody writes to it any more (Linux)
+            assert watch.wait(10) is not None
+        assert watch.wait(10) == 0, seen.decode()
+    assert b"stopped, server not running" in seen
 
 
 def test_down_after_the_server_was_killed(cli: Cli) -> None:

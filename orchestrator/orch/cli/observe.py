@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from orch.cli.console import Console
 from orch.cli.output import STAGE_STYLES, ago, note, print_json, print_table, rich_console, table
 from orch.cli.target import Target, find_target, read_arguments
-from orch.errors import UsageError
+from orch.errors import RuntimeLost, UsageError
 
 if TYPE_CHECKING:
     from orch.client import Client
@@ -32,6 +32,8 @@ __all__ = [
     "work_row",
 ]
 
+LAST_WORDS = 10.0
+"""Seconds between the last answer of a server that ends and its end."""
 COLUMNS = ("WORK", "STAGE", "REASON", "CALL", "ATTEMPT", "SINCE", "PROGRESS", "URL")
 
 
@@ -139,12 +141,22 @@ def _watch(target: Target) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    rev = 0
+    def show(app: dict[str, Any], works: list[dict[str, Any]]) -> None:
+        live.update(Group(Text(_headline(app)), table(COLUMNS, [work_row(work) for work in works])), refresh=True)
+
+    rev, heard = 0, time.monotonic()
     with target.client() as client, Live(console=rich_console(), auto_refresh=False, screen=False) as live:
         while True:
-            app, works = {**client.app(), "server": True}, client.works()
-            live.update(Group(Text(_headline(app)), table(COLUMNS, [work_row(work) for work in works])), refresh=True)
-            rev = client.wait_change("", after=rev, wait=1.0)
+            try:
+                show({**client.app(), "server": True}, client.works())
+                rev = client.wait_change("", after=rev, wait=1.0)
+                heard = time.monotonic()
+            except RuntimeLost:
+                if target.folder is not None and not target.folder.serving():
+                    show(*_look(Target(target.folder, None, None)))
+                    return 0
+                if target.folder is None or time.monotonic() - heard > LAST_WORDS:
+                    raise
             time.sleep(0.25)
 
 
