@@ -74,7 +74,13 @@ def draw() -> None:
     logs, state = st.tabs(["Logs", "State"])
     with logs:
         if name := st.selectbox("Work", list(works), key="work"):
-            st.code(get(f"/works/{name}/logs", tail=200).text or "(nothing yet)", language=None, height=420)
+            call = {"call": calls[-1]} if (calls := list(works[name].get("calls", {}))) else {}
+            try:
+                lines = get(f"/works/{name}/logs", tail=200, **call).text.splitlines()
+            except httpx.HTTPStatusError:  # no log yet, or one that is not shown
+                lines = []
+            st.caption("the latest call, newest line first")
+            st.code("\n".join(reversed(lines)) or "(nothing yet)", language=None, height=420)
     with state:
         st.json(tree, expanded=2)
 
