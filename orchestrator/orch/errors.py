@@ -16,6 +16,7 @@
     |-- StaleEpoch                a message of an older incarnation
     |-- DriveError                see orch_drive
     |-- JournalError              the state database cannot be read or written
+    |   `-- JournalUnreadable     what it holds is damaged, of a newer orch, or of another program
     `-- RuntimeLost               an agent cannot be placed or reached
 
 The docstring of a class is the message that is used when none is given.
@@ -26,6 +27,7 @@ from __future__ import annotations
 __all__ = [
     "CallError",
     "JournalError",
+    "JournalUnreadable",
     "NotFound",
     "OrchError",
     "RuntimeLost",
@@ -137,6 +139,12 @@ class StaleEpoch(OrchError):
 
 class JournalError(OrchError):
     """The state database cannot be used."""
+
+    status = 503
+
+
+class JournalUnreadable(JournalError):
+    """The state database holds what this orch cannot read."""
 
 
 class RuntimeLost(OrchError):

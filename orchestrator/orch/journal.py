@@ -4,14 +4,17 @@ It can be read without the server, e.g. `sqlite3 .orch/state.db "select rev, cau
 
     runs       run, started, ended, how, meta        one life of the app; ended and how are NULL if its server died
     revisions  run, rev, at, cause, ops              ops is an RFC 6902 patch; applied in order they give the state
-    snapshots  run, rev, state, revs                 the whole tree at rev; revs says when each part last changed
+    snapshots  run, rev, state, revs, bytes          the whole tree at rev; revs says when each part last changed,
+                                                     bytes how long the run's ops were up to it
     calls      run, key, value                       one row a call
     agents     run, key, value                       one row an agent
     facts      run, kind, key, value                 everything else
 
-Times are seconds since the epoch, values are JSON. At least the last 10,000 revisions of each of the last 5 runs are
-kept. A commit is one transaction. It survives the death of the process at once, and a power cut once the WAL is synced:
-at the next checkpoint, or with the commit itself if that is durable. Use a Journal from one thread at a time.
+Times are seconds since the epoch, values are JSON; `crc` is a CRC-32 of a row's other columns, because SQLite does not
+notice a byte that has changed within a value. At least the last 10,000 revisions of each of the last 5 runs are
+kept, or fewer if their ops exceed 256 MiB. A commit is one transaction. It survives the death of the process at once,
+and a power cut once the WAL is synced: at the next checkpoint, or with the commit itself if that is durable. Use a
+Journal from one thread at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,32 +31,70 @@ from typing import Any
 
 import msgspec
 
-from orch.errors import JournalError, NotFound
+from orch.errors import JournalError, JournalUnreadable, NotFound
 from orch.state import StateTree, parse_pointer
 from orch.wire import Op
 
 __all__ = ["Batch", "Journal", "Loaded", "Revision", "RunInfo"]
 
 KEPT_REVISIONS = 10_000
+KEPT_BYTES = 256 * 1024 * 1024
 KEPT_RUNS = 5
 SNAPSHOT_REVISIONS = 1_000
 SNAPSHOT_BYTES = 2 * 1024 * 1024
+WAL_BYTES = 32 * 1024 * 1024
+"""SQLite starts its write-ahead log anew every 4 MiB, unless somebody reads just then; from this size on it must."""
+WAL_PATIENCE = 0.5
+"""Seconds in which readers may then come to their end."""
 
 _APPLICATION_ID = 0x6F726368  # "orch"
-_SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE runs (run INTEGER PRIMARY KEY, started REAL NOT NULL, ended REAL, how TEXT, meta TEXT NOT NULL);
-CREATE TABLE revisions (run INTEGER NOT NULL, rev INTEGER NOT NULL, at REAL NOT NULL, cause TEXT NOT NULL,
-    ops TEXT NOT NULL, PRIMARY KEY (run, rev)) WITHOUT ROWID;
-CREATE TABLE snapshots (run INTEGER NOT NULL, rev INTEGER NOT NULL, state TEXT NOT NULL, revs TEXT,
-    PRIMARY KEY (run, rev));
-CREATE TABLE calls (run INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
-    PRIMARY KEY (run, key)) WITHOUT ROWID;
-CREATE TABLE agents (run INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
-    PRIMARY KEY (run, key)) WITHOUT ROWID;
-CREATE TABLE facts (run INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,
-    PRIMARY KEY (run, kind, key)) WITHOUT ROWID;
-"""
+_BUSY_TIMEOUT = 10.0
+
+
+def _crc(*columns: Any) -> int:
+    return zlib.crc32("\x1f".join(map(str, columns)).encode(errors="replace"))
+
+
+def _first_tables(db: sqlite3.Connection) -> None:
+    for statement in (
+        "CREATE TABLE runs (run INTEGER PRIMARY KEY, started REAL NOT NULL, ended REAL, how TEXT, meta TEXT NOT NULL)",
+        "CREATE TABLE revisions (run INTEGER NOT NULL, rev INTEGER NOT NULL, at REAL NOT NULL, cause TEXT NOT NULL,"
+        " ops TEXT NOT NULL, PRIMARY KEY (run, rev)) WITHOUT ROWID",
+        "CREATE TABLE snapshots (run INTEGER NOT NULL, rev INTEGER NOT NULL, state TEXT NOT NULL, revs TEXT,"
+        " PRIMARY KEY (run, rev))",
+        "CREATE TABLE calls (run INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,"
+        " PRIMARY KEY (run, key)) WITHOUT ROWID",
+        "CREATE TABLE agents (run INTEGER NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,"
+        " PRIMARY KEY (run, key)) WITHOUT ROWID",
+        "CREATE TABLE facts (run INTEGER NOT NULL, kind TEXT NOT NULL, key TEXT NOT NULL, value TEXT NOT NULL,"
+        " PRIMARY KEY (run, kind, key)) WITHOUT ROWID",
+        f"PRAGMA application_id = {_APPLICATION_ID}",
+    ):
+        db.execute(statement)
+
+
+def _checksums(db: sqlite3.Connection) -> None:
+    db.create_function("crc32", -1, _crc, deterministic=True)
+    db.execute("ALTER TABLE snapshots ADD COLUMN bytes INTEGER")
+    db.execute(
+        "UPDATE snapshots SET bytes = (SELECT coalesce(sum(length(CAST(ops AS BLOB))), 0) FROM revisions"
+        " WHERE revisions.run = snapshots.run AND revisions.rev <= snapshots.rev)"
+    )
+    for table, columns in (
+        ("runs", "run, started, ended, how, meta"),
+        ("revisions", "run, rev, at, cause, ops"),
+        ("snapshots", "run, rev, state, revs, bytes"),
+        ("calls", "run, 'call', key, value"),
+        ("agents", "run, 'agent', key, value"),
+        ("facts", "run, kind, key, value"),
+    ):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN crc INTEGER")
+        db.execute(f"UPDATE {table} SET crc = crc32({columns})")
+
+
+_STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_first_tables, _checksums)
+"""What makes schema 1 of nothing, 2 of 1, and so on. Never change one that was released: add the next, and a file that
+the present version has written to tests/data."""
 _OWN_TABLES = {"call": "calls", "agent": "agents"}
 _RUN_TABLES = ("runs", "revisions", "snapshots", "calls", "agents", "facts")
 
@@ -104,6 +146,8 @@ class Loaded:
 
     tree: StateTree
     facts: dict[str, dict[str, Any]]
+    damage: list[str] = field(default_factory=list)
+    """What could not be read and was made good from what it is kept twice with."""
 
     @property
     def state(self) -> dict[str, Any]:
@@ -112,6 +156,19 @@ class Loaded:
     @property
     def rev(self) -> int:
         return self.tree.rev
+
+
+@dataclass(slots=True)
+class _Replayed:
+    tree: StateTree
+    base: int
+    """Bytes of the run's operations before the snapshot that was used."""
+    snapshot: int | None
+    """Bytes of that snapshot."""
+    revisions: int = 0
+    size: int = 0
+    """Bytes of the operations replayed."""
+    damage: list[str] = field(default_factory=list)
 
 
 class _Paths(msgspec.Struct):
@@ -136,7 +193,12 @@ class Journal:
         self._synchronous = ""
         self._since_revisions = 0
         self._since_bytes = 0
+        self._all_bytes = 0
         self._snapshot_bytes: int | None = None
+        self._wal = path.with_name(path.name + "-wal")
+        self._wal_due = WAL_BYTES
+        self.held = 0
+        """Bytes of the write-ahead log, while a reader that does not end keeps it from starting anew."""
         self._ops = msgspec.json.Decoder(list[Op])
         self._paths = msgspec.json.Decoder(list[_Paths])
 
@@ -156,40 +218,79 @@ class Journal:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
                 path.chmod(0o600)
             uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rw'}"
-            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10.0)
+            if readonly and not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists():
+                uri += "&immutable=1"  # else SQLite wants to write an index beside it
+            db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=_BUSY_TIMEOUT)
             journal = cls(path, db, durable=durable)
             try:
                 journal._prepare(readonly)
             except BaseException:
+                journal._db.close()
                 db.close()
                 raise
         return journal
 
+    @classmethod
+    def open_anew(cls, path: Path, *, durable: bool = False) -> tuple[Journal, Path | None]:
+        """Open the database for a start that needs nothing of it: one that cannot be read is moved aside.
+
+        Returns the journal, and where the old database is now (None: where it was).
+        """
+        try:
+            return cls.open(path, durable=durable), None
+        except JournalUnreadable:
+            aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            with _explained(path):
+                for suffix in ("-shm", "-wal", ""):
+                    old = path.with_name(path.name + suffix)
+                    if old.exists():
+                        old.replace(aside.with_name(aside.name + suffix))
+            return cls.open(path, durable=durable), aside
+
+    def _damaged(self, what: str) -> JournalUnreadable:
+        return JournalUnreadable(f"{self.path} is damaged: {what}", hint=_DAMAGED_HINT)
+
     def _prepare(self, readonly: bool) -> None:
         db = self._db
+        db.text_factory = _text
         version = self._number("PRAGMA user_version")
         owner = self._number("PRAGMA application_id")
         tables = self._number("SELECT count(*) FROM sqlite_master")
+        newest = len(_STEPS)
         if owner != _APPLICATION_ID and (owner or version or tables):
-            raise JournalError(
-                f"{self.path} is a database of another program", hint="move it away, or run the app in another folder"
+            raise JournalUnreadable(
+                f"{self.path} is a database of another program",
+                hint="move it away, run the app in another folder, or start over with --fresh",
             )
-        if version > _SCHEMA_VERSION:
-            raise JournalError(
-                f"{self.path} was written by a newer orch (schema {version}, this one knows {_SCHEMA_VERSION})",
+        if version > newest:
+            raise JournalUnreadable(
+                f"{self.path} was written by a newer orch (schema {version}, this one knows {newest})",
                 hint="update orch, or start over with --fresh",
             )
+        found = db.execute("PRAGMA quick_check(1)").fetchone()  # 100 MiB take 40 ms
+        if found != ("ok",):
+            raise self._damaged(" ".join(str(found and found[0]).split()))
         if readonly:
+            if version < newest:
+                self._db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+                self._db.text_factory = _text
+                db.backup(self._db)
+                db.close()
+                self._migrate(version)
+                self._db.execute("PRAGMA query_only = 1")
             return
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA journal_size_limit = 16777216")
         db.execute("PRAGMA fullfsync = 1")  # macOS: fsync alone does not reach the disk
-        if version < _SCHEMA_VERSION:
-            with self._transaction(durable=True):
-                for statement in _SCHEMA.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        if version < newest:
+            self._migrate(version)
+
+    def _migrate(self, version: int) -> None:
+        """From an older schema to the present one, step by step, in one transaction."""
+        with self._transaction(durable=True):
+            for step in _STEPS[version:]:
+                step(self._db)
+            self._db.execute(f"PRAGMA user_version = {len(_STEPS)}")
 
     def close(self) -> None:
         with _explained(self.path):
@@ -206,54 +307,90 @@ class Journal:
         """A new run; its number. Runs older than the last 5 are forgotten."""
         with _explained(self.path), self._transaction(durable=True):
             run = self.next_run()
-            self._db.execute("INSERT INTO runs VALUES (?, ?, NULL, NULL, ?)", (run, time.time(), _json(meta)))
+            row = (run, time.time(), None, None, _json(meta))
+            self._db.execute("INSERT INTO runs VALUES (?, ?, ?, ?, ?, ?)", (*row, _crc(*row)))
             for table in _RUN_TABLES:
                 self._db.execute(f"DELETE FROM {table} WHERE run <= ?", (run - KEPT_RUNS,))
-        self._since_revisions = self._since_bytes = 0
+        self._since_revisions = self._since_bytes = self._all_bytes = 0
         self._snapshot_bytes = None
         return run
 
     def resume_run(self, run: int) -> None:
         """Go on with a run, also with one that had ended. Raises NotFound."""
-        with _explained(self.path), self._transaction(durable=True):
-            if not self._db.execute("UPDATE runs SET ended = NULL, how = NULL WHERE run = ?", (run,)).rowcount:
-                raise NotFound(f"{self.path} has no run {run}")
+        self._mark(run, None, None)
 
     def end_run(self, run: int, how: str) -> None:
         """The run ended cleanly: `how` is e.g. "stopped" or "failed"."""
+        self._mark(run, time.time(), how)
+
+    def _mark(self, run: int, ended: float | None, how: str | None) -> None:
         with _explained(self.path), self._transaction(durable=True):
-            self._db.execute("UPDATE runs SET ended = ?, how = ? WHERE run = ?", (time.time(), how, run))
+            row = self._db.execute("SELECT started, meta FROM runs WHERE run = ?", (run,)).fetchone()
+            if row is None:
+                raise NotFound(f"{self.path} has no run {run}")
+            crc = _crc(run, row[0], ended, how, row[1])
+            self._db.execute("UPDATE runs SET ended = ?, how = ?, crc = ? WHERE run = ?", (ended, how, crc, run))
 
     def runs(self) -> list[RunInfo]:
         """The runs that are kept, oldest first."""
         with _explained(self.path):
-            rows = self._db.execute("SELECT run, started, ended, how, meta FROM runs ORDER BY run").fetchall()
+            rows = self._db.execute("SELECT run, started, ended, how, meta, crc FROM runs ORDER BY run").fetchall()
+            for row in rows:
+                self._whole(f"run {row[0]}", row)
             return [RunInfo(row[0], row[1], row[2], row[3], msgspec.json.decode(row[4])) for row in rows]
 
     # -- writing
 
     def commit(self, run: int, batch: Batch) -> None:
         """Write the batch in one transaction: all of it or nothing."""
-        revisions = [(run, entry.rev, entry.at, entry.cause, _json(entry.ops)) for entry in batch.revisions]
-        snapshot: tuple[int, str, str | None] | None = None
+        rows = [(run, entry.rev, float(entry.at), entry.cause, _json(entry.ops)) for entry in batch.revisions]
+        size = sum(len(row[4]) for row in rows)
+        snapshot: tuple[Any, ...] | None = None
+        after: list[tuple[int, int, float, str, str]] = []
         if batch.snapshot is not None:
             rev, state, *rest = batch.snapshot
-            revs = rest[0] if rest else None
-            snapshot = (rev, _json(state), None if revs is None else _json(revs))
+            revs = _json(rest[0]) if rest and rest[0] is not None else None
+            after = [row for row in rows if row[1] > rev]
+            snapshot = (run, rev, _json(state), revs, self._all_bytes + size - sum(len(row[4]) for row in after))
         with _explained(self.path), self._transaction(durable=batch.durable or self._durable):
-            self._db.executemany("INSERT INTO revisions VALUES (?, ?, ?, ?, ?)", revisions)
+            self._db.executemany(
+                "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?)", [(*row, _crc(*row)) for row in rows]
+            )
             for kind, key, value in batch.facts:
                 self._set_fact(run, kind, key, value)
             if snapshot is not None:
-                self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", (run, *snapshot))
-                self._prune(run, snapshot[0])
-        self._since_revisions += len(revisions)
-        self._since_bytes += sum(len(row[4]) for row in revisions)
-        if snapshot is not None:
-            after = [row for row in revisions if row[1] > snapshot[0]]
+                self._db.execute(
+                    "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?)", (*snapshot, _crc(*snapshot))
+                )
+                self._prune(run, snapshot[1])
+        self._all_bytes += size
+        if snapshot is None:
+            self._since_revisions += len(rows)
+            self._since_bytes += size
+        else:
             self._since_revisions = len(after)
             self._since_bytes = sum(len(row[4]) for row in after)
-            self._snapshot_bytes = len(snapshot[1])
+            self._snapshot_bytes = len(snapshot[2])
+        with _explained(self.path):
+            self._start_wal_anew()
+
+    def _start_wal_anew(self) -> None:
+        """Readers that follow one another without a gap would let the write-ahead log grow for ever, because SQLite
+        starts it anew only when nobody reads. Waiting for those that read now is enough: the next ones do not need it.
+        """
+        try:
+            size = os.stat(self._wal).st_size
+        except FileNotFoundError:
+            return
+        if size < self._wal_due:
+            if size < WAL_BYTES:
+                self.held, self._wal_due = 0, WAL_BYTES
+            return
+        self._db.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE * 1000:.0f}")
+        (busy, _, _) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        self._db.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT * 1000:.0f}")
+        self.held = size if busy and size >= 2 * WAL_BYTES else 0
+        self._wal_due = size + WAL_BYTES // 2 if busy else WAL_BYTES
 
     def due_snapshot(self) -> bool:
         """True if the next batch should carry a snapshot. May be asked from any thread.
@@ -276,23 +413,29 @@ class Journal:
             names = "run = ? AND key = ?" if table != "facts" else "run = ? AND kind = ? AND key = ?"
             self._db.execute(f"DELETE FROM {table} WHERE {names}", where)
         else:
-            marks = ", ".join("?" * (len(where) + 1))
-            self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", (*where, _json(value)))
+            text = _json(value)
+            marks = ", ".join("?" * (len(where) + 2))
+            row = (*where, text, _crc(run, kind, key, text))
+            self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)
 
     def _prune(self, run: int, head: int) -> None:
         """Forget what is older than the ring, and snapshots that stand close together.
 
         The oldest snapshot is what the kept revisions rest on; those between it and the newest are there to become it.
         """
-        revs = [row[0] for row in self._db.execute("SELECT rev FROM snapshots WHERE run = ? ORDER BY rev", (run,))]
-        base = max((rev for rev in revs if rev <= head - KEPT_REVISIONS), default=revs[0])
+        rows = self._db.execute("SELECT rev, bytes FROM snapshots WHERE run = ? ORDER BY rev", (run,)).fetchall()
+        newest = rows[-1]
+        base = rows[0]
+        for row in rows:
+            if row[0] <= head - KEPT_REVISIONS or newest[1] - row[1] >= KEPT_BYTES:
+                base = row
         keep = [base]
-        for rev in revs:
-            if rev >= keep[-1] + KEPT_REVISIONS // 4:
-                keep.append(rev)
-        doomed = [(run, rev) for rev in revs if rev not in keep and rev != revs[-1]]
+        for row in rows:
+            if row[0] >= keep[-1][0] + KEPT_REVISIONS // 4 or row[1] >= keep[-1][1] + KEPT_BYTES // 4:
+                keep.append(row)
+        doomed = [(run, row[0]) for row in rows if row not in keep and row != newest]
         self._db.executemany("DELETE FROM snapshots WHERE run = ? AND rev = ?", doomed)
-        self._db.execute("DELETE FROM revisions WHERE run = ? AND rev <= ?", (run, base))
+        self._db.execute("DELETE FROM revisions WHERE run = ? AND rev <= ?", (run, base[0]))
 
     # -- reading
 
@@ -301,15 +444,21 @@ class Journal:
         with _explained(self.path):
             if not self._number("SELECT count(*) FROM runs WHERE run = ?", run):
                 raise NotFound(f"{self.path} has no run {run}")
-            tree, revisions, size, snapshot = self._replay(run, None)
+            replayed = self._replay(run, None)
             facts: dict[str, dict[str, Any]] = {}
             for kind, table in _OWN_TABLES.items():
-                rows = self._db.execute(f"SELECT key, value FROM {table} WHERE run = ?", (run,))
-                facts[kind] = {key: msgspec.json.decode(value) for key, value in rows}
-            for kind, key, value in self._db.execute("SELECT kind, key, value FROM facts WHERE run = ?", (run,)):
-                facts.setdefault(kind, {})[key] = msgspec.json.decode(value)
-        self._since_revisions, self._since_bytes, self._snapshot_bytes = revisions, size, snapshot
-        return Loaded(tree, facts)
+                facts[kind] = {}
+                self._read_facts(run, f"SELECT run, '{kind}', key, value, crc FROM {table}", facts)
+            self._read_facts(run, "SELECT run, kind, key, value, crc FROM facts", facts)
+        self._since_revisions, self._since_bytes = replayed.revisions, replayed.size
+        self._all_bytes, self._snapshot_bytes = replayed.base + replayed.size, replayed.snapshot
+        return Loaded(replayed.tree, facts, replayed.damage)
+
+    def _read_facts(self, run: int, sql: str, facts: dict[str, dict[str, Any]]) -> None:
+        for row in self._db.execute(sql):  # of all runs: a row whose run is damaged would not be missed otherwise
+            self._whole(f"{row[1]} {row[2]} of run {row[0]}", row)
+            if row[0] == run:
+                facts.setdefault(row[1], {})[row[2]] = msgspec.json.decode(row[3])
 
     def at(self, run: int, rev: int) -> StateTree:
         """The state as it was at a revision. Raises NotFound if that is no longer (or not yet) kept."""
@@ -323,13 +472,13 @@ class Journal:
             if oldest is None or newest is None or not oldest <= rev <= newest:
                 kept = f"kept are {oldest} to {newest}" if newest is not None else "nothing is kept"
                 raise NotFound(f"revision {rev} of run {run} is not kept: {kept}")
-            return self._replay(run, rev)[0]
+            return self._replay(run, rev).tree
 
     def revisions(self, run: int, after: int, limit: int) -> list[Revision]:
         """Up to `limit` kept revisions after a revision, oldest first."""
         with _explained(self.path):
             rows = self._db.execute(
-                "SELECT rev, at, cause, ops FROM revisions WHERE run = ? AND rev > ? ORDER BY rev LIMIT ?",
+                "SELECT run, rev, at, cause, ops, crc FROM revisions WHERE run = ? AND rev > ? ORDER BY rev LIMIT ?",
                 (run, after, limit),
             ).fetchall()
             return [self._revision(row) for row in rows]
@@ -340,38 +489,82 @@ class Journal:
         tokens = parse_pointer(pointer)
         found: list[Revision] = []
         with _explained(self.path):
-            rows = self._db.execute("SELECT rev, at, cause, ops FROM revisions WHERE run = ? ORDER BY rev DESC", (run,))
+            rows = self._db.execute(
+                "SELECT run, rev, at, cause, ops, crc FROM revisions WHERE run = ? ORDER BY rev DESC", (run,)
+            )
             for row in rows:
                 if len(found) >= limit:
                     break
-                if any(_touches(entry, tokens) for entry in self._paths.decode(row[3])):
+                self._whole(f"revision {row[1]} of run {run}", row)
+                if any(_touches(entry, tokens) for entry in self._paths.decode(row[4])):
                     found.append(self._revision(row))
         return found[::-1]
 
-    def _revision(self, row: tuple[int, float, str, str]) -> Revision:
-        return Revision(row[0], row[1], row[2], self._ops.decode(row[3]))
+    def _revision(self, row: tuple[Any, ...]) -> Revision:
+        self._whole(f"revision {row[1]} of run {row[0]}", row)
+        return Revision(row[1], row[2], row[3], self._ops.decode(row[4]))
 
-    def _replay(self, run: int, rev: int | None) -> tuple[StateTree, int, int, int | None]:
-        """(the tree at `rev` or at the newest revision, revisions replayed, their bytes, bytes of the snapshot used)"""
+    def _whole(self, what: str, row: tuple[Any, ...] | None) -> None:
+        """Raises JournalUnreadable unless the row is there and its last column is the checksum of the others."""
+        if row is None or _crc(*row[:-1]) != row[-1]:
+            raise self._damaged(f"{what} is not as it was written")
+
+    def _replay(self, run: int, rev: int | None) -> _Replayed:
+        """The tree at `rev`, or at the newest revision: a snapshot and what came after it.
+
+        A snapshot that is damaged is not missed while an earlier one and the revisions since then are whole.
+        """
         upto = 2**62 if rev is None else rev
-        row = self._db.execute(
-            "SELECT rev, state, revs FROM snapshots WHERE run = ? AND rev <= ? ORDER BY rev DESC LIMIT 1", (run, upto)
-        ).fetchone()
-        base, state, revs = row if row is not None else (0, "{}", None)
+        known = self._db.execute(
+            "SELECT rev FROM snapshots WHERE run = ? AND rev <= ? ORDER BY rev DESC", (run, upto)
+        ).fetchall()
+        damage: list[str] = []
+        first: JournalUnreadable | None = None
+        for (at,) in known:
+            try:
+                with _explained(self.path):
+                    row = self._db.execute(
+                        "SELECT run, rev, state, revs, bytes, crc FROM snapshots WHERE run = ? AND rev = ?", (run, at)
+                    ).fetchone()
+                    self._whole(f"snapshot {at} of run {run}", row)
+            except JournalUnreadable as error:
+                damage.append(error.message)
+                first = first or error
+                continue
+            replayed = self._replay_from(row, upto)
+            replayed.damage = damage
+            if damage:
+                replayed.snapshot = None  # the next commit brings a new one
+            return replayed
+        if first is not None:
+            raise first
+        return self._replay_from((run, 0, "{}", None, 0, 0), upto)
+
+    def _replay_from(self, snapshot: tuple[Any, ...], upto: int) -> _Replayed:
+        run, base, state, revs, size, _ = snapshot
         tree = StateTree(msgspec.json.decode(state), base, revs=msgspec.json.decode(revs) if revs is not None else None)
-        size = count = 0
-        for at, text in self._db.execute(
-            "SELECT rev, ops FROM revisions WHERE run = ? AND rev > ? AND rev <= ? ORDER BY rev", (run, base, upto)
+        replayed = _Replayed(tree, size, len(state))
+        expected = base
+        for row in self._db.execute(
+            "SELECT run, rev, at, cause, ops, crc FROM revisions WHERE run = ? AND rev > ? AND rev <= ? ORDER BY rev",
+            (run, base, upto),
         ):
-            tree.replay(self._ops.decode(text), at)
-            size += len(text)
-            count += 1
-        return tree, count, size, len(state) if row is not None else None
+            expected += 1
+            if row[1] != expected:
+                raise self._damaged(f"revision {expected} of run {run} is missing")
+            self._whole(f"revision {expected} of run {run}", row)
+            tree.replay(self._ops.decode(row[4]), expected)
+            replayed.size += len(row[4])
+            replayed.revisions += 1
+        return replayed
 
     # -- SQLite
 
     def _number(self, sql: str, *args: Any) -> Any:
-        return self._db.execute(sql, args).fetchone()[0]
+        row = self._db.execute(sql, args).fetchone()
+        if row is None:
+            raise self._damaged(f"nothing answers {sql}")
+        return row[0]
 
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[None]:
@@ -402,16 +595,26 @@ def _related(pointer: str, tokens: tuple[str, ...]) -> bool:
 LONGEST_PATH = 504
 """Bytes: SQLite's own limit of 512, less its suffix `-journal`."""
 
+
+def _text(raw: bytes) -> str:
+    """A changed byte may be no text any more: the checksum tells."""
+    return raw.decode(errors="replace")
+
+
+_DAMAGED_HINT = "restore it from a copy, or start over with --fresh: that moves it aside"
 _HINTS: Iterable[tuple[str, str, str]] = (
     ("SQLITE_FULL", "the disk is full", "free some space on that disk, then start the app again: it resumes"),
     ("SQLITE_READONLY", "it cannot be written", "check the permissions of the file and its folder, and the mount"),
     ("SQLITE_CANTOPEN", "it cannot be opened", "check that its folder exists and is yours to write"),
-    ("SQLITE_NOTADB", "it is not a database", "move it away; the app then starts over"),
-    ("SQLITE_CORRUPT", "it is damaged", "restore it from a copy, or start over with --fresh"),
     ("SQLITE_IOERR", "the disk does not answer as it should", "check the disk; is the folder still there?"),
     ("SQLITE_BUSY", "another program holds it", "end the program that writes to it"),
     ("SQLITE_CONSTRAINT", "it holds this revision already", "is a second server writing to it?"),
     ("SQLITE_TOOBIG", "a value is too large for it", "put large data into the Drive"),
+)
+_UNREADABLE: Iterable[tuple[str, str]] = (
+    ("SQLITE_NOTADB", "it is not a database"),
+    ("SQLITE_CORRUPT", "it is damaged"),
+    ("SQLITE_ERROR", "its tables are not as they should be"),
 )
 
 
@@ -427,6 +630,9 @@ def _explained(path: Path) -> Iterator[None]:
                 f"{path} cannot be opened: its path has {length} bytes, SQLite takes at most {LONGEST_PATH}",
                 hint="move the app to a folder with a shorter path",
             ) from error
+        for prefix, what in _UNREADABLE:
+            if code.startswith(prefix):
+                raise JournalUnreadable(f"{path}: {what} ({error})", hint=_DAMAGED_HINT) from error
         for prefix, what, hint in _HINTS:
             if code.startswith(prefix):
                 raise JournalError(f"{path}: {what} ({error})", hint=hint) from error
@@ -437,6 +643,4 @@ def _explained(path: Path) -> Iterator[None]:
         hint = "check that its folder exists, is yours to write, and that the disk is neither full nor read-only"
         raise JournalError(f"{path}: {error.strerror or error}", hint=hint) from error
     except msgspec.MsgspecError as error:
-        raise JournalError(
-            f"{path} holds a value that cannot be read: {error}", hint="restore it from a copy, or use --fresh"
-        ) from error
+        raise JournalUnreadable(f"{path} holds a value that cannot be read: {error}", hint=_DAMAGED_HINT) from error
