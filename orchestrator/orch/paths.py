@@ -15,6 +15,7 @@ Whether a server lives is asked of the lock and of nothing else: a pid in a file
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -157,8 +158,10 @@ class AppFolder:
                 folder.mkdir(mode=0o700, exist_ok=True)
             ignore = self.orch / ".gitignore"
             if not ignore.exists():
-                ignore.write_text("*\n")
+                write_atomic(ignore, b"*\n", mode=0o644)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             there = isinstance(error, FileExistsError)
             raise UsageError(
                 f"cannot write {error.filename or self.orch}: {'it is no folder' if there else error.strerror}",
@@ -184,8 +187,12 @@ class AppFolder:
                     os.close(fd)
                     raise self.running_error() from None
                 time.sleep(0.01)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        try:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
+        except OSError as error:
+            os.close(fd)
+            raise OSError(error.errno, error.strerror, str(self._lock)) from error
         return FolderLock(fd)
 
     def serving(self) -> bool:

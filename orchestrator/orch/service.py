@@ -36,7 +36,7 @@ import msgspec
 from orch import events as e
 from orch._version import __version__
 from orch.engine import NO_RECORD, Config, Engine
-from orch.errors import NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
+from orch.errors import JournalError, NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
 from orch.journal import KEPT_RUNS, Batch, Journal, Revision
 from orch.loader import load_app
 from orch.logtail import LogTail, last_lines, showable
@@ -107,7 +107,13 @@ def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike, runtime:
     if runtime is None and options.mode != "local":
         raise UsageError(f"the runtime {options.mode!r} is not part of this version", hint="use --local")
     service = Service(options, folder, console, runtime or LocalRuntime(folder.run, folder.logs))
-    code = asyncio.run(service.main())
+    try:
+        code = asyncio.run(service.main())
+    except OrchError as error:
+        if not service.in_pass:
+            raise
+        console.error(_line(error))
+        code = 1
     if service.in_pass:
         # A thread cannot be ended, and Python would wait for it.
         sys.stdout.flush()
@@ -159,6 +165,9 @@ class Service:
         self.started = time.time()
         self.url = ""
         self.code = 0
+        self._broken: JournalError | None = None
+        """Why the journal cannot be written: this server must end, and leaves the rest as a kill would."""
+        self._told_held = False
         self.interrupted = False
         self._detaching = False
         self._secrets = {name: value for name, value in options.secrets.items() if value}
@@ -204,9 +213,7 @@ class Service:
         loop = asyncio.get_running_loop()
         self._exit, self._begun, self._first_pass = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._changed = loop.create_future()
-        self.journal = await self._journal(
-            functools.partial(Journal.open, self.folder.state_db, durable=self.options.durable)
-        )
+        self.journal = await self._journal(self._open_journal)
         try:
             previous = self._choose_run()
             sock = self._listen()
@@ -281,6 +288,11 @@ class Service:
                     link.poll_peer.close()
                 engine.cancel()
         except* (OrchError, OSError) as group_error:
+            if not self._begun.is_set() and not self._cut_off:
+                # Nothing has been started but the agent, which nobody would come back to.
+                agent_ready.cancel()
+                await asyncio.wait([agent_ready])
+                self._runtime.kill_started()
             raise _first(group_error) from None
         finally:
             if server is not None:
@@ -293,6 +305,15 @@ class Service:
         await asyncio.gather(agent_ready, return_exceptions=True)
         if agent_ready.cancelled() and not self._detaching:
             self._runtime.kill_started()
+
+    def _open_journal(self) -> Journal:
+        path, durable = self.folder.state_db, self.options.durable
+        if not self.options.fresh:
+            return Journal.open(path, durable=durable)
+        journal, aside = Journal.open_anew(path, durable=durable)
+        if aside is not None:
+            self.console.note(f"{path} could not be read: it is {aside.name} now")
+        return journal
 
     def _close_journal(self) -> None:
         if not self._detaching and self.run and self._exit.is_set():
@@ -354,6 +375,8 @@ class Service:
             loaded = self.journal.load(self.run)
             facts = loaded.facts
             records = facts.get("component", {})
+            for line in loaded.damage:
+                self.console.warn(f"{line}; made good from an earlier one")
             for line in self.program.restore(loaded.state, records, facts.get("call", {})):
                 self.console.note(line)
             tree = with_calls(self.program.node(), loaded.state)
@@ -478,6 +501,8 @@ class Service:
 
     async def _ask(self, make: Callable[[int], e.Event]) -> Any:
         """Put an event that is answered; its answer, or its error raised."""
+        if self._broken is not None:
+            raise self._broken
         ticket = next(self._tickets)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._futures[ticket] = future
@@ -525,7 +550,7 @@ class Service:
         if self.journal.due_snapshot() or self.engine.tree.rev == len(revisions):
             snapshot = self.engine.tree.snapshot()
         loop = asyncio.get_running_loop()
-        self._settled = loop.create_future()
+        settled = self._settled = loop.create_future()
         try:
             await loop.run_in_executor(
                 self._journal_thread,
@@ -533,9 +558,25 @@ class Service:
                 self.run,
                 Batch(revisions=revisions, facts=batch.facts, snapshot=snapshot, durable=batch.durable),
             )
+        except JournalError as error:
+            # The tree holds more than the journal does, and nobody may see it: from now on this is every answer.
+            self._broken = error
+            settled.set_exception(error)
+            settled.exception()
+            for future in self._futures.values():
+                if not future.done():
+                    future.set_exception(error)
+            raise
         finally:
-            settled, self._settled = self._settled, None
-            settled.set_result(None)
+            if self._broken is None:
+                self._settled = None
+                settled.set_result(None)
+        if self.journal.held and not self._told_held:
+            self.console.warn(
+                f"{self.folder.state_db}-wal has grown to {self.journal.held / 2**20:.0f} MiB, because a program that"
+                " reads the database keeps a transaction open: end that program"
+            )
+        self._told_held = self.journal.held > 0
 
     def _snapshot_batch(self) -> None:
         self.journal.commit(self.run, Batch(snapshot=self.engine.tree.snapshot()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -43,6 +44,13 @@ _IN_PYTHON = {
 }
 """Hints of the Drive are written for Python; the command line has its own words."""
 
+_DISK_HINTS = {
+    errno.ENOSPC: "free some space on that disk, then start again",
+    errno.EDQUOT: "free some space there, then start again",
+    errno.EROFS: "that disk is mounted read-only: mount it for writing, or use another folder",
+    errno.EACCES: "check the permissions of the file and its folder",
+}
+
 
 def coloured(stream: Any) -> bool:
     """Whether escape sequences are welcome there (a terminal, TERM not dumb, no NO_COLOR)."""
@@ -58,7 +66,8 @@ def error_line(error: BaseException) -> str:
         # OrchError and DriveError, which are two trees.
         text = message
     elif isinstance(error, OSError) and error.strerror:
-        text, hint = ": ".join(str(part) for part in (error.filename, error.strerror) if part), ""
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+        hint = _DISK_HINTS.get(error.errno or 0, "")
     else:
         text = f"unexpected {type(error).__name__}: {error}"
         hint = "ORCH_DEBUG=1 shows where; please report it"

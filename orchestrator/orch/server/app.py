@@ -207,7 +207,7 @@ def _add_error_handlers(api: _Api, context: Context) -> None:
     @api.exception_handler(DriveError)
     async def own(_: Request, error: Any) -> Response:
         problem = problem_of(error)
-        if problem.status >= 500:
+        if problem.status == 500:  # 503 says itself what is missing
             log.error("%s", error, exc_info=error)
         headers = {"accept-patch": state.PATCH_TYPE} if problem.status == 415 else None
         return respond(problem, headers)
