@@ -160,7 +160,7 @@ class BookView(msgspec.Struct, frozen=True, kw_only=True):
 class Book:
     """The calls of one Work in one run. The engine owns it; every change marks the call for the journal."""
 
-    __slots__ = ("calls", "counter", "current", "held", "last", "latest", "name", "queue", "run", "touched")
+    __slots__ = ("ageing", "calls", "counter", "current", "held", "last", "latest", "name", "queue", "run", "touched")
 
     def __init__(self, name: str, run: int, *, used: int = 0) -> None:
         """`used`: numbers that an earlier work of this name has given its calls."""
@@ -174,11 +174,15 @@ class Book:
         self.counter = used
         self.held: str | None = None
         self.touched: set[str] = set()
+        self.ageing: set[str] = set()
+        """Calls that may be of no more use, now or once newer ones have come."""
 
     def add(self, call: Call) -> None:
         """A newly asked call: it waits at the end of the queue, unless it is done already."""
         self.counter = max(self.counter, number_of(call.id))
         self.put(call)
+        if call.key in self.latest:
+            self.ageing.add(self.latest[call.key])
         self.latest[call.key] = call.id
         self.held = None
         if call.done:
@@ -189,7 +193,30 @@ class Book:
     def put(self, call: Call) -> Call:
         self.calls[call.id] = call
         self.touched.add(call.id)
+        self.ageing.add(call.id)
         return call
+
+    def forget(self, *, newest: int, caches: bool) -> list[str]:
+        """Drop calls that no question can ask for again, but for the `newest` ones; their ids. So a Work that is called
+        for years has no more to remember than one that is called for a day. Results that `caches` keeps stay."""
+        gone = []
+        for name in sorted(self.ageing, key=number_of):
+            if number_of(name) > self.counter - newest:
+                break
+            if name == self.last:
+                continue
+            self.ageing.discard(name)  # it comes back when it is touched, or another one takes its place
+            call = self.calls[name]
+            answers = self.latest.get(call.key) == name
+            kept = answers and ((caches and call.stage is not Stage.STOPPED) or call.key == self.held)
+            if not call.done or call.fresh or kept:
+                continue
+            if answers:
+                del self.latest[call.key]
+            del self.calls[name]
+            self.touched.discard(name)
+            gone.append(name)
+        return gone
 
     def new(self, args: tuple[Any, ...], kwargs: dict[str, Any], now: float) -> Call:
         return Call(
@@ -245,6 +272,7 @@ class Book:
         """Fill an empty book from the journal, in the order asked."""
         for call in sorted(calls, key=lambda c: number_of(c.id)):
             self.calls[call.id] = call
+            self.ageing.add(call.id)
             if not call.forgotten:
                 self.latest[call.key] = call.id
             self.counter = max(self.counter, number_of(call.id))

@@ -228,6 +228,8 @@ class Engine:
             for call_id in sorted(work.book.touched):
                 call = work.book.calls[call_id]
                 self._fact("call", call_id, msgspec.to_builtins(call))
+            for call_id in work.book.forget(newest=SHOWN_CALLS, caches=self._caches(work)):
+                self._fact("call", call_id, None)
             stage_before = work.shown.get("stage")
             call_now = work.book.shown
             stage_now = str(call_now.stage) if call_now is not None else str(Stage.NOT_STARTED)

@@ -953,3 +953,31 @@ def test_an_end_that_is_told_twice_counts_once() -> None:
     tester._report(Ended(work="w", call="1-w-1", attempt=1, at=tester.now))
     tester.settle()
     assert tester.flow.w.is_running
+
+
+# ---- long lives
+
+
+def test_calls_that_nobody_can_ask_for_leave_the_journal() -> None:
+    """Sixty uncached calls: the last twenty stay, in the server that has run them and in the one that resumes."""
+
+    def body(flow: Any) -> None:
+        flow.w.run(flow.flag)
+        flow.other.run(flow.count // 2)
+
+    tester = started(body, {"parallel": True, "cache_calls": False}, run_for=1.0)
+    for number in range(1, 61):
+        tester.set("/vars/count", number)
+        tester.advance(2.0)
+    for again in (False, True):
+        book, cached = (tester.engine.works[name].book for name in ("w", "other"))
+        assert book.counter >= 60
+        assert 20 <= len(book.calls) <= 22
+        assert len(cached.calls) == len(cached.latest) == 31  # each of these is an answer still
+        assert set(tester.facts["call"]) == {*book.calls, *cached.calls}
+        starts = len(ids(tester, "other"))
+        if not again:
+            restarted(tester, body)
+            tester.set("/vars/count", 4)
+            tester.settle()
+            assert len(ids(tester, "other")) == starts

@@ -214,3 +214,58 @@ def test_a_view_is_a_picture_that_later_changes_do_not_touch() -> None:
     one.add(one.new((1,), {}, 0.0))
     assert view.newest is not None
     assert (view.newest.stage, view.counter, len(view.latest)) == (Stage.PENDING, 1, 1)
+
+
+def finished(book: Book, number: int, *args: Any, stage: Stage = Stage.SUCCEEDED, **fields: Any) -> None:
+    book.add(call(number, *args, stage=Stage.PENDING))
+    book.take()
+    book.finish(call(number, *args, stage=stage, **fields))
+
+
+def test_only_calls_of_no_more_use_are_forgotten() -> None:
+    some = Book("ui.w", 1)
+    finished(some, 1, "asked twice")
+    finished(some, 2, "cached")
+    finished(some, 3, "failed", stage=Stage.FAILED)
+    finished(some, 4, "stopped", stage=Stage.STOPPED)
+    finished(some, 5, "asked twice")
+    finished(some, 6, "last")
+    assert some.forget(newest=3, caches=True) == [call(1).id]
+    assert some.latest[call(1, "asked twice").key] == call(5).id
+    assert some.forget(newest=0, caches=True) == [call(4).id]
+    assert call(4, "stopped").key not in some.latest
+    assert sorted(map(number_of, some.calls)) == [2, 3, 5, 6]
+    assert some.forget(newest=0, caches=True) == []
+
+    again = book(*some.calls.values())
+    assert again.forget(newest=0, caches=True) == []
+    assert again.forget(newest=0, caches=False) == []  # they have been looked at, and nothing has happened since
+    uncached = book(*some.calls.values())
+    assert uncached.forget(newest=0, caches=False) == [call(2).id, call(3).id, call(5).id]
+    assert list(uncached.latest.values()) == [call(6).id]
+
+
+def test_a_result_that_is_not_handed_over_and_a_held_stop_are_not_forgotten() -> None:
+    some = Book("ui.w", 1)
+    finished(some, 1, "fresh", fresh=True)
+    finished(some, 2, "held", stage=Stage.STOPPED)
+    finished(some, 3, "last")
+    some.held = call(2, "held").key
+    assert some.forget(newest=0, caches=False) == []
+    some.put(some.calls[call(1).id].replace(fresh=False))
+    assert some.forget(newest=0, caches=False) == [call(1).id]
+    finished(some, 4, "next")
+    assert some.held is None
+    assert some.forget(newest=0, caches=False) == [call(3).id]
+
+
+def test_waiting_and_running_calls_are_not_forgotten() -> None:
+    some = Book("ui.w", 1)
+    for number in range(1, 6):
+        some.add(call(number, number, stage=Stage.PENDING))
+    running = some.take()
+    assert running is not None
+    assert some.forget(newest=1, caches=False) == []
+    some.finish(running.move(Stage.SUCCEEDED))
+    some.take()
+    assert some.forget(newest=1, caches=False) == [running.id]
