@@ -618,6 +618,18 @@ _UNREADABLE: Iterable[tuple[str, str]] = (
 )
 
 
+_SCARCE = 128 * 1024
+
+
+def _free(path: Path) -> int:
+    """Bytes that the disk has left."""
+    try:
+        disk = os.statvfs(path.parent)
+    except OSError:
+        return _SCARCE
+    return disk.f_bavail * disk.f_frsize
+
+
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
     try:
@@ -630,6 +642,8 @@ def _explained(path: Path) -> Iterator[None]:
                 f"{path} cannot be opened: its path has {length} bytes, SQLite takes at most {LONGEST_PATH}",
                 hint="move the app to a folder with a shorter path",
             ) from error
+        if code.startswith("SQLITE_IOERR") and _free(path) < _SCARCE:
+            code = "SQLITE_FULL"  # what SQLite says when it has no room for its index of the log
         for prefix, what in _UNREADABLE:
             if code.startswith(prefix):
                 raise JournalUnreadable(f"{path}: {what} ({error})", hint=_DAMAGED_HINT) from error

@@ -141,12 +141,14 @@ def test_a_disk_that_fills_up(orch_app: Apps, disk: Callable[..., None]) -> None
     assert app.interrupt() == 130
 
 
-def test_a_full_disk_at_the_first_start(orch_app: Apps, disk: Callable[..., None]) -> None:
+@pytest.mark.parametrize("free", [0, 8, 32, 100])
+def test_a_full_disk_at_the_first_start(orch_app: Apps, disk: Callable[..., None], free: int) -> None:
+    """With so many KiB left it ends at the folder, at the app's files, in SQLite, at the first commit."""
     folder = disk.folder  # type: ignore[attr-defined]
     app = orch_app(folder, start=False)
-    filler = folder / ".orch" / "filler"
-    filler.write_bytes(b"\0" * 2**20)
     disk("size=1m")
+    filler = folder / ".orch" / "filler"
+    filler.write_bytes(b"\0" * (2**20 - free * 1024))
     app.spawn()
     assert app.wait_exit() == 1
     [said] = errors(app.output())
@@ -159,6 +161,27 @@ def test_a_full_disk_at_the_first_start(orch_app: Apps, disk: Callable[..., None
     app.wait_state("/works/script/status/stage", lambda stage: stage == "running")
     finish(app)
     assert app.interrupt() == 130
+
+
+def test_a_disk_that_fills_up_during_a_pass_that_does_not_end(orch_app: Apps, disk: Callable[..., None]) -> None:
+    source = "import time\n" + APP.replace(
+        "def run(self):", "def run(self):\n        while self.x:\n            time.sleep(0.01)"
+    )
+    (disk.folder / "app.py").write_text(source)  # type: ignore[attr-defined]
+    app = orch_app(disk.folder)  # type: ignore[attr-defined]
+    app.wait_state("/works/script/status/stage", lambda stage: stage == "running")
+    app.set("/vars/x", 1)
+    filler = app.folder / ".orch" / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(b"\0" * 4096)
+    # State waits for the pass, a stop does not.
+    refused = app.client.post("/api/v1/works/script/stop")
+    assert refused.status_code == 503
+    assert app.wait_exit() == 1
+    [said] = errors(app.output())
+    assert "the disk is full" in said
+    app.kill()  # (the agent and the script are left, as they should be)
 
 
 def test_a_disk_that_is_read_only(orch_app: Apps, disk: Callable[..., None]) -> None:
