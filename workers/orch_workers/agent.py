@@ -106,6 +106,10 @@ class Attempt:
     probing: bool = False
     port_taken: bool = False
     """Somebody else listens on its port; that was said."""
+    told: Progress | None = None
+    """All that was told of it so far."""
+    published: list[Published] = field(default_factory=list)
+    """Complete versions of its outputs."""
     reports: bool = False
     """The script reports its own progress and metrics: nothing is read off its output any more."""
     metrics: MetricsReader | None = None
@@ -255,23 +259,33 @@ class Agent:
                     self._spawn(_stop_leftover(processes[record.key], record.start.grace))
                 self.records.drop_attempt(record.key)
                 continue
+            process = processes.get(record.key)
+            if process is None and record.ended is None and not record.stopping:
+                # Its secrets were never written down: the flow asks for the same attempt again. Should a waiter have
+                # been on its way nevertheless, its record wins, see `Spawner.start`.
+                log.info("%s was accepted but not started when the former agent ended", record.key)
+                self.records.drop_attempt(record.key)
+                continue
             work = self.works.get(record.start.work)
             attempt = self._make_attempt(record, {})
+            attempt.process = process
+            attempt.told, attempt.reports = record.told, record.told is not None
             if work is not None:
                 work.attempt = attempt
+            if not record.acked and record.told is not None:
+                self._outbox.add(record.told)
             if record.ended is not None:
                 attempt.stage = "ended"
-                attempt.over.set()
                 if not record.acked:
+                    for item in record.published:
+                        self._outbox.add(item)
                     self._ends[self._outbox.add(record.ended)] = attempt
+                self._spawn(_see_off(attempt))
                 continue
-            attempt.process = processes.get(record.key)
-            if attempt.process is None:
-                log.warning("%s was accepted but not started when the former agent ended", record.key)
-                self._end(attempt, "lost", "the agent ended before the script was started")
-                attempt.over.set()
-                continue
-            log.info("%s (pid %d) is adopted", record.key, attempt.process.pid)
+            if process is not None:
+                log.info("%s (pid %d) is adopted", record.key, process.pid)
+                if record.stopping:  # perhaps the former agent had no time to
+                    self._spawn(_stop_process(process, record.start.grace))
             self._spawn(self._attend(attempt))
         self._prune()
 
@@ -579,8 +593,21 @@ class Agent:
         attempt.reports = True
         if progress is not None:
             progress = min(1.0, max(0.0, progress))
-        call = attempt.start.call
-        self._outbox.add(Progress(work=work.name, call=call, progress=progress, metrics=dict(metrics)))
+        # The script says it once: it is written down before it is answered.
+        self._note(attempt, told=self._tell_progress(attempt, progress, metrics))
+
+    def _tell_progress(self, attempt: Attempt, progress: float | None, metrics: Mapping[str, Any]) -> Progress:
+        """Reports what is news; all that was told of this attempt so far."""
+        work, call = attempt.start.work, attempt.start.call
+        self._outbox.add(Progress(work=work, call=call, progress=progress, metrics=dict(metrics)))
+        before = attempt.told
+        attempt.told = Progress(
+            work=work,
+            call=call,
+            progress=before.progress if progress is None and before is not None else progress,
+            metrics={**(before.metrics if before is not None else {}), **metrics},
+        )
+        return attempt.told
 
     def _session(self, work: PlacedWork, session: str) -> None:
         if session != work.session:
@@ -844,9 +871,9 @@ class Agent:
         start = attempt.start
         work = self.works.get(start.work)
         progress = self._read_log(attempt)
-        metrics = await self._read_metrics(attempt)
+        metrics = await self._read_metrics(attempt, final=True)
         if (progress is not None or metrics) and not attempt.reports:
-            self._outbox.add(Progress(work=start.work, call=start.call, progress=progress, metrics=metrics))
+            self._tell_progress(attempt, progress, metrics)
         outcome = self._outcome(attempt) if start.kind == "python" else Outcome()
         if work is not None and outcome.unsent:
             self.receive(work, outcome.session, outcome.unsent)
@@ -940,7 +967,7 @@ class Agent:
             result=result if reason is None else None,
             cut=cut,
         )
-        self._note(attempt, ended=ended)
+        self._note(attempt, told=attempt.told, published=attempt.published, ended=ended)
         attempt.stage = "ended"
         attempt.ready = False
         self._ends[self._outbox.add(ended)] = attempt
@@ -1053,6 +1080,8 @@ class Agent:
 
         def published(drive: str, manifest: dict[str, Any]) -> None:
             item = Published(work=attempt.start.work, drive=drive, manifest=manifest, call=attempt.start.call)
+            if not manifest.get("partial"):
+                attempt.published.append(item)
             loop.call_soon_threadsafe(self._outbox.add, item)
 
         return FileTransfer(
@@ -1118,8 +1147,7 @@ class Agent:
                 progress = self._read_log(attempt)
                 metrics = await self._read_metrics(attempt) if ticks % 2 == 0 else {}
                 if (progress is not None or metrics) and attempt.stage != "ended" and not attempt.reports:
-                    start = attempt.start
-                    self._outbox.add(Progress(work=start.work, call=start.call, progress=progress, metrics=metrics))
+                    self._tell_progress(attempt, progress, metrics)
 
     def _read_log(self, attempt: Attempt) -> float | None:
         """Feeds what is new in the log to the parser; returns the progress if it is another one."""
@@ -1139,17 +1167,17 @@ class Agent:
         attempt.progress = progress
         return progress
 
-    async def _read_metrics(self, attempt: Attempt) -> dict[str, Any]:
-        """Metrics in the logs among the outputs that are news."""
+    async def _read_metrics(self, attempt: Attempt, *, final: bool = False) -> dict[str, Any]:
+        """Metrics in the logs among the outputs that are news, or all of them at the end."""
         if attempt.metrics is None or attempt.reports:
             return {}
         try:
-            values = await asyncio.to_thread(attempt.metrics.poll)
+            values = await asyncio.to_thread(attempt.metrics.poll, final=final)
         except (OSError, ValueError) as error:
             log.warning("metrics of %s cannot be read: %s", attempt.start.work, error)
             attempt.metrics = None
             return {}
-        new = {name: value for name, value in values.items() if attempt.metrics_known.get(name) != value}
+        new = {name: value for name, value in values.items() if final or attempt.metrics_known.get(name) != value}
         attempt.metrics_known.update(new)
         return new
 
@@ -1265,6 +1293,13 @@ def _redact(text: str, secrets: Mapping[str, str]) -> str:
 async def _stop_leftover(process: Process, grace: float) -> None:
     await process.stop(grace)
     process.forget()
+
+
+async def _see_off(attempt: Attempt) -> None:
+    """Its end is recorded; what is left of its descendants may still be ending."""
+    if attempt.process is not None:
+        await attempt.process.gone()
+    attempt.over.set()
 
 
 async def _stop_process(process: Process, grace: float) -> None:

@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -170,12 +171,22 @@ class MetricsReader:
         self._files: dict[str, tuple[CsvMetrics | EventMetrics, int]] = {}
         self._given_up: set[str] = set()
         self._latest: dict[str, float] = {}
+        self._lock = threading.Lock()
 
-    def poll(self) -> dict[str, float]:
-        """The latest finite value per tag since the start, at most 500 tags."""
-        if self._polls % SCAN_EVERY == 0:
-            self._find()
-        self._polls += 1
+    def poll(self, *, final: bool = False) -> dict[str, float]:
+        """The latest finite value per tag since the start, at most 500 tags. `final`: nothing is left for a later look
+        (one that is under way is waited for)."""
+        with self._lock:
+            if final or self._polls % SCAN_EVERY == 0:
+                self._find()
+            self._polls += 1
+            while self._read() and final:
+                pass
+            return dict(self._latest)
+
+    def _read(self) -> bool:
+        """One bounded step in each file. Whether any had something new."""
+        news = False
         for path, (parser, offset) in list(self._files.items()):
             try:
                 size = os.stat(path).st_size
@@ -188,12 +199,13 @@ class MetricsReader:
                     data = file.read(READ_BYTES)
                 self._take(parser.feed(data))
                 self._files[path] = (parser, offset + len(data))
+                news = True
             except FileNotFoundError:
                 del self._files[path]
             except (OSError, ValueError, csv.Error):  # not what its name says: no metrics from it
                 del self._files[path]
                 self._given_up.add(path)
-        return dict(self._latest)
+        return news
 
     def _take(self, values: dict[str, float]) -> None:
         for name, value in values.items():

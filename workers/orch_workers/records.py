@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from orch.paths import write_atomic
-from orch.wire import Ended, Message, Place, StartCall, decode, encode
+from orch.wire import Ended, Message, Place, Progress, Published, StartCall, decode, encode
 
 __all__ = ["AttemptRecord", "PlaceRecord", "ReadyFile", "Records", "key_of"]
 
@@ -64,6 +64,10 @@ class AttemptRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
     stopping: str = ""
     """Why it is being stopped: stopped, replaced, timeout, lost (the flow has given it up); orphaned or fenced if the
     agent has decided it."""
+    told: Progress | None = None
+    """What the script has reported of itself; with the end all that was told of it."""
+    published: list[Published] = msgspec.field(default_factory=list)
+    """Complete versions, with the end."""
     ended: Ended | None = None
     acked: bool = False
     """The flow has journalled the end."""
