@@ -236,18 +236,17 @@ class Engine:
             if stage_now != stage_before and stage_before is not None:
                 work.since = now
             status = work.status(self.config.base_url)
+            kept = {
+                **status,
+                "deaths": work.deaths,
+                "held_key": work.book.held,
+                "stopping": work.stopping,
+                "sent_epoch": work.sent_epoch,
+            }
+            if kept != work.kept:
+                work.kept = kept
+                self._fact("work", name, kept)
             if status != work.shown:
-                self._fact(
-                    "work",
-                    name,
-                    {
-                        **status,
-                        "deaths": work.deaths,
-                        "held_key": work.book.held,
-                        "live": work.live,
-                        "sent_epoch": work.sent_epoch,
-                    },
-                )
                 silent = stage_before is None and stage_now == Stage.NOT_STARTED
                 if not silent and (stage_before, work.shown.get("reason"), work.shown.get("is_ready")) != (
                     stage_now,
@@ -1141,14 +1140,10 @@ class Engine:
                 if going:  # given up while nobody could say so
                     self._emit(self._stop_message(work, report.call, report.attempt, Reason.LOST))
                 continue
-            if going and work.stopping and report.stage != "stopping":
+            if going and work.stopping and report.stage != "stopping":  # again, if it has got lost
                 self._emit(self._stop_message(work, call.id, call.attempt, Reason(work.stopping)))
             if call.stage in (Stage.PENDING, Stage.UNKNOWN) and report.stage in ("running", "stopping"):
                 work.book.put(call.move(Stage.RUNNING, message="", started_at=call.started_at or now))
-                self._touch(work)
-                self._wake()
-            elif call.stage is Stage.UNKNOWN and report.stage == "starting":
-                work.book.put(call.move(Stage.PENDING, message=""))
                 self._touch(work)
                 self._wake()
             if report.ready and not work.ready:
@@ -1227,7 +1222,7 @@ class Engine:
         for work in live:
             assert work.book.current is not None
             current = work.book.calls[work.book.current]
-            if current.stage is not Stage.UNKNOWN:
+            if current.stage is Stage.RUNNING:
                 work.book.put(current.move(Stage.UNKNOWN, message=f"no contact with agent {agent.name}"))
                 self._touch(work)
                 self._wake()
@@ -1434,6 +1429,7 @@ class Engine:
             book.forget_failures()
         current = None if book.current is None else book.calls[book.current]
         work.live = current is not None and current.due is None and current.attempt > 0
+        work.stopping = kept.get("stopping", "") if work.live else ""
         work.since = kept.get("since")
         work.deaths = kept.get("deaths", 0)
         work.sent_epoch = kept.get("sent_epoch", 0)

@@ -38,6 +38,9 @@ class KnownWork:
         self.num_successes = 0
         self.num_timeouts = 0
         self.shown: dict[str, Any] = {}
+        """The status in the tree."""
+        self.kept: dict[str, Any] = {}
+        """What the journal has of it."""
 
     def status(self, base_url: str) -> dict[str, Any]:
         call = self.book.shown
