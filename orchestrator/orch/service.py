@@ -326,6 +326,7 @@ class Service:
         """The run to go on with, or None for a new one."""
         runs = self.journal.runs()
         last = runs[-1] if runs else None
+        self.run = last.run + 1 if last is not None else 1  # the agent is told before the run is journalled
         options = self.options
         if last is None or options.fresh:
             if options.resume:
@@ -336,9 +337,11 @@ class Service:
         if last.how is None:
             self.console.note(f"run {last.run} was cut off: resuming it (--fresh starts over)")
             self._cut_off = True
+            self.run = last.run
             return last
         if options.resume:
             self.console.note(f"resuming run {last.run}")
+            self.run = last.run
             return last
         return None
 
@@ -369,7 +372,6 @@ class Service:
         if previous is None:
             self.run = self.journal.next_run()
         else:
-            self.run = previous.run
             self._ask_secrets(previous.meta.get("secrets", []))
             clean = previous.how is not None
             loaded = self.journal.load(self.run)
@@ -762,7 +764,7 @@ class Service:
             orch_dir=str(self.folder.orch),
             app_id=self.app_id,
             app_name=self.name,
-            run=self.run or 1,
+            run=self.run,
             app_file=str(options.app_file),
             app_argv=list(options.argv),
             drive_url=self.drive_url,

@@ -13,7 +13,7 @@ import msgspec
 
 from orch.errors import RuntimeLost
 from orch.paths import write_atomic
-from orch.processes import find, wait_gone
+from orch.processes import find, send, wait_gone
 from orch.runtimes.base import Handle
 from orch.wire import AgentSpec, encode
 
@@ -21,6 +21,7 @@ __all__ = ["LocalRuntime"]
 
 START_TIMEOUT = 30.0
 LOOK_EVERY = 0.01
+KILL_WAIT = 5.0
 
 
 class LocalRuntime:
@@ -95,11 +96,14 @@ class LocalRuntime:
         return agent is None or not await asyncio.to_thread(wait_gone, [agent], timeout)
 
     async def kill(self, handle: Handle) -> None:
-        if await self.adopt(handle):
-            os.kill(handle["pid"], signal.SIGKILL)
+        agent = find(handle["pid"], handle.get("pid_start"), handle.get("boot_id"))
+        if agent is not None:
+            send(agent, signal.SIGKILL)
         child = self._children.pop(handle["pid"], None)
         if child is not None:
             await asyncio.to_thread(child.wait)
+        elif agent is not None:
+            await asyncio.to_thread(wait_gone, [agent], KILL_WAIT)
 
     async def adopt(self, handle: Handle) -> bool:
         return find(handle["pid"], handle.get("pid_start"), handle.get("boot_id")) is not None
