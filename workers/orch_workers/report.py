@@ -107,6 +107,7 @@ class _Sender:
             if not _send(values):
                 with self.lock:  # with the next ones, unless those are newer
                     self.values = {**values, **self.values}
+                self.some.set()
 
 
 def _send(values: dict[str, float]) -> bool:
