@@ -109,6 +109,7 @@ def _end_server(folder: AppFolder, say: Callable[[str], None], timeout: float) -
         return 0
     name = f"server (pid {pid})"
     send(server, signal.SIGTERM)
+    send(server, signal.SIGCONT)  # a process that is held by SIGSTOP would not see its TERM
     if wait_gone([server], timeout):
         send(server, signal.SIGKILL)
         if wait_gone([server], KILL_WAIT):
@@ -129,6 +130,7 @@ def _end_agent(name: str, record: dict[str, Any], say: Callable[[str], None], ti
         return 0
     # Its scripts are not its children (they outlive it); the records of their waiters are looked at afterwards.
     line = f"{name} (pid {agent.pid})"
+    send(agent, signal.SIGCONT)
     problem = _ask_to_shut_down(record, timeout)
     if not problem:
         if not wait_gone([agent], timeout):
@@ -183,6 +185,8 @@ def _end_script(name: str, record: dict[str, Any], say: Callable[[str], None], g
     scripts = [proc for proc in procs if proc != waiter]
     for proc in scripts:
         send(proc, signal.SIGTERM)
+    for proc in procs:
+        send(proc, signal.SIGCONT)
     left = wait_gone(scripts, grace)
     how = "stopped"
     if left:
