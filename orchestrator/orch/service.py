@@ -770,6 +770,7 @@ class Service:
             drive_url=self.drive_url,
             port=port,
             orphan_timeout=_orphan_timeout(self._runtime),
+            launcher=os.getpid(),
         )
         handle = await self._runtime.launch(spec)
         return await self._attach(agent, handle)

@@ -90,6 +90,8 @@ class AgentSpec(Message, frozen=True, kw_only=True):
     drive_url: str = ""
     bind: str = "127.0.0.1"
     port: int = 0
+    launcher: int = 0
+    """Pid of who starts it: until somebody has attached, the agent lives no longer than that process (Linux)."""
     orphan_timeout: float | None = None
     protocol: int = PROTOCOL
 

@@ -23,6 +23,7 @@ import msgspec
 from orch.wire import PROTOCOL, AgentSpec, decode
 from orch_workers import places
 from orch_workers.records import ReadyFile, Records
+from orch_workers.waiter import boot_id, die_with, proc_stat
 
 log = logging.getLogger("orch_workers")
 
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
     )
     try:
         spec = _read_spec(argv)
+        if spec.launcher:
+            die_with(spec.launcher)
         listeners = _listen(spec)
     except (OSError, ValueError) as error:
         log.critical("%s", error)
@@ -91,8 +94,6 @@ def _listen_on(spec: AgentSpec, address: str, port: int) -> socket.socket:
 
 
 def _ready(spec: AgentSpec, port: int) -> ReadyFile:
-    from orch_workers.waiter import boot_id, proc_stat
-
     host = places.address_of(spec.bind)
     stat = proc_stat(os.getpid())
     return ReadyFile(

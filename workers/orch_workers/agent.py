@@ -56,7 +56,7 @@ from orch_workers.placeholders import command_line, fill, script_word
 from orch_workers.process import ExitRecord, Process, ProcessSpec, Spawner, SpawnError
 from orch_workers.progress import ProgressParser
 from orch_workers.records import KEPT_ATTEMPTS, AttemptRecord, PlaceRecord, Records, key_of
-from orch_workers.waiter import steady
+from orch_workers.waiter import die_with, steady
 
 __all__ = ["Agent", "Attempt", "PlacedWork"]
 
@@ -366,6 +366,7 @@ class Agent:
             error = OrchError(f"this is epoch {self.spec.epoch} of agent {self.spec.agent}, not {attach.epoch}")
             error.status = 409
             raise error
+        die_with(0)
         for name, known in attach.works.items():
             work = self.works.get(name)
             if work is None:

@@ -48,8 +48,8 @@ else:
     ProcStat = namedtuple("ProcStat", "pid state ppid pgrp session start")
 
 __all__ = [
-    "ProcStat", "attend", "boot_id", "descendants", "name_process", "proc_stat", "reserve", "steady", "unreserve",
-    "wake_pipe", "write_record",
+    "ProcStat", "attend", "boot_id", "descendants", "die_with", "name_process", "proc_stat", "reserve", "steady",
+    "unreserve", "wake_pipe", "write_record",
 ]  # fmt: skip
 
 LINUX = sys.platform == "linux"
@@ -66,6 +66,13 @@ def _prctl(option: int, argument: int | bytes) -> None:
     if LINUX and _libc.prctl(option, argument, 0, 0, 0) != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"prctl({option}): {os.strerror(code)}")
+
+
+def die_with(parent: int) -> None:
+    """From now on a SIGKILL for this process when its parent ends, also if it has ended already; 0: no more (Linux)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if parent else 0)
+    if LINUX and parent and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def name_process(name: str) -> None:
