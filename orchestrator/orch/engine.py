@@ -1464,7 +1464,11 @@ class Engine:
 
     def attach_vars(self, agent: str) -> dict[str, WorkVars]:
         return {
-            work.spec.name: WorkVars(rev=self.tree.rev, vars=copy_json(self.tree.get(work.spec.pointer + "/vars")))
+            work.spec.name: WorkVars(
+                rev=self.tree.rev,
+                vars=copy_json(self.tree.get(work.spec.pointer + "/vars")),
+                said=tuple(said) if (said := self._said.get(work.spec.name)) else None,
+            )
             for work in self.works.values()
             if work.agent == agent
         }

@@ -784,6 +784,7 @@ class Service:
             return await self._launch(agent, newest, 0)
         link.handle = handle
         self.engine.know_agent(agent, handle["epoch"])
+        await self._journalled()  # what an agent knows is never ahead of what survives
         link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
         attach = Attach(
             flow_url=self.url,

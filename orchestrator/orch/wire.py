@@ -110,6 +110,8 @@ class WorkVars(Message, frozen=True, kw_only=True):
 
     rev: int
     vars: dict[str, Any]
+    said: tuple[str, int, int] | None = None
+    """Call, attempt and number of the last change of a Python Work's process that is in them."""
 
 
 class Attach(Message, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from fake_flow import FakeFlow, alive, flow_with_agent
 
-from orch.wire import ComponentRecord, Ended, Published, Started, VarOps
+from orch.wire import ComponentRecord, Diff, Ended, Op, Published, Started, VarOps
 
 APP = '''
 import os, sys, time
@@ -73,6 +73,18 @@ class Loop(Work):
             if pause:
                 time.sleep(pause)
         return time.perf_counter() - started
+
+class Next(Work):
+    """Reads what it wrote."""
+    def __init__(self):
+        super().__init__()
+        self.goal = 0
+        self.rows = []
+    def run(self):
+        while self.goal < 100:
+            if len(self.rows) < self.goal:
+                self.rows.append(len(self.rows) + 1)
+            time.sleep(0.001)
 
 class Stamp(Work):
     def __init__(self):
@@ -259,6 +271,30 @@ async def test_state_survives_the_agent(flow: FakeFlow) -> None:
     assert ended.reason is None, ended
     assert flow.vars["l"]["n"] == 300
     assert flow.vars["l"]["rows"] == list(range(300))  # nothing lost, nothing twice
+
+
+async def test_what_a_dead_agent_passed_on_is_not_seen_twice(flow: FakeFlow) -> None:
+    await start(flow, "l", "Next", vars={"goal": 0, "rows": []})
+    flow.write("l", {"op": "replace", "path": "/goal", "value": 5})
+    await flow.until(lambda: flow.vars["l"]["rows"] == [1, 2, 3, 4, 5])
+    await flow.until(lambda: flow.of(Started))
+    flow.silent = True  # what comes now is in the tree, and its process never hears so from this agent
+    port = int(flow.agent_url.rpartition(":")[2])
+    await flow.ask("/v1/state", [Diff(work="l", rev=flow.write("l", goal(9)), ops=[goal(9)])])
+    await flow.until(lambda: len(flow.vars["l"]["rows"]) == 9)
+    await flow.kill_agent()
+    flow.write("l", goal(20))
+    flow.silent, flow.epoch, flow.acked = False, 2, 0
+    await flow.start_agent(port=port, app_file=str(flow.folder / "myapp.py"))
+    await flow.attach()
+    await flow.until(lambda: len(flow.vars["l"]["rows"]) == 20)
+    assert flow.vars["l"]["rows"] == list(range(1, 21))
+    flow.write("l", goal(100))
+    assert (await flow.ended("l")).reason is None
+
+
+def goal(value: int) -> Op:
+    return {"op": "replace", "path": "/goal", "value": value}
 
 
 async def test_the_end_reaches_a_new_agent(flow: FakeFlow) -> None:

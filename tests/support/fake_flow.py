@@ -66,6 +66,8 @@ class FakeFlow:
         self.bodies: list[bytes] = []
         """Of all pushes, those that were not taken too."""
         self.away = False
+        self.silent = False
+        """It takes what is pushed, but its diffs do not reach the agent."""
         self.reject: Callable[[VarOps], str] = lambda item: ""
         self.on_item: Callable[[Item], None] = lambda item: None
         self.changed = asyncio.Event()
@@ -164,6 +166,8 @@ class FakeFlow:
             diffs = [await self._diffs.get()]
             while not self._diffs.empty():
                 diffs.append(self._diffs.get_nowait())
+            if self.silent:
+                continue
             with contextlib.suppress(httpx.HTTPError):
                 await self.ask("/v1/state", diffs)
 
@@ -223,7 +227,11 @@ class FakeFlow:
         self.agent = None
 
     async def attach(self) -> AgentStatus:
-        works = {name: WorkVars(rev=self.rev, vars=copy_json(values)) for name, values in self.vars.items()}
+        said = {call.split("-")[1]: (call, attempt, n) for (call, attempt), n in self.taken.items() if n}
+        works = {
+            name: WorkVars(rev=self.rev, vars=copy_json(values), said=said.get(name))
+            for name, values in self.vars.items()
+        }
         body = Attach(flow_url=self.url, epoch=self.epoch, acked=self.acked, works=works)
         return decode(AgentStatus, await self.ask("/v1/attach", body))
 

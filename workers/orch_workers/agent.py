@@ -108,8 +108,8 @@ class Attempt:
     """Somebody else listens on its port; that was said."""
     told: Progress | None = None
     """All that was told of it so far."""
-    published: list[Published] = field(default_factory=list)
-    """Complete versions of its outputs."""
+    published: list[tuple[int, Published]] = field(default_factory=list)
+    """Complete versions that the flow may not know of yet, with their numbers."""
     reports: bool = False
     """The script reports its own progress and metrics: nothing is read off its output any more."""
     metrics: MetricsReader | None = None
@@ -140,6 +140,8 @@ class PlacedWork:
     """The Python Work's process that is connected; it numbers its changes from 1."""
     received: int = 0
     echoed: int = 0
+    said: tuple[str, int] = ("", 0)
+    """A session and its last number that is in the tree, as the flow has told at its attach."""
     origins: dict[int, int] = field(default_factory=dict)
     """Item number -> the process's own number, for changes on their way to the flow and back."""
     settled: dict[int, int] = field(default_factory=dict)
@@ -272,13 +274,13 @@ class Agent:
             attempt.told, attempt.reports = record.told, record.told is not None
             if work is not None:
                 work.attempt = attempt
-            if not record.acked and record.told is not None:
-                self._outbox.add(record.told)
+            if not record.acked:
+                attempt.published = [(self._outbox.add(item), item) for item in record.published]
+                if record.told is not None:
+                    self._outbox.add(record.told)
             if record.ended is not None:
                 attempt.stage = "ended"
                 if not record.acked:
-                    for item in record.published:
-                        self._outbox.add(item)
                     self._ends[self._outbox.add(record.ended)] = attempt
                 self._spawn(_see_off(attempt))
                 continue
@@ -373,6 +375,8 @@ class Agent:
                 continue
             if known.rev >= work.live.rev:
                 work.live.reset(known.rev, known.vars, attach.acked)
+                if known.said is not None:
+                    self._heard_before(work, key_of(*known.said[:2]), known.said[2])
                 for seq in [seq for seq in work.origins if seq <= attach.acked]:
                     work.echoed = max(work.echoed, work.origins.pop(seq))
             work.fresh.set()
@@ -563,16 +567,22 @@ class Agent:
             if batch.ops:
                 work.origins[self._change(work, batch.ops, batch.n)] = batch.n
             for manifest in batch.published:
-                attempt = work.attempt
-                self._outbox.add(
-                    Published(
-                        work=work.name,
-                        drive=str(manifest.get("drive", "")),
-                        manifest=manifest,
-                        call=attempt.start.call if attempt else None,
-                    )
-                )
+                self._publish(work.name, work.attempt, str(manifest.get("drive", "")), manifest)
+            if batch.published and work.attempt is not None:
+                # The process says it once: it is written down before it is answered.
+                self._note(work.attempt, published=self._unacknowledged(work.attempt))
         return work.received
+
+    def _publish(self, work: str, attempt: Attempt | None, drive: str, manifest: dict[str, Any]) -> None:
+        call = attempt.start.call if attempt is not None else None
+        item = Published(work=work, drive=drive, manifest=manifest, call=call)
+        seq = self._outbox.add(item)
+        if attempt is not None and not manifest.get("partial"):
+            attempt.published.append((seq, item))
+
+    def _unacknowledged(self, attempt: Attempt) -> list[Published]:
+        attempt.published = [(seq, item) for seq, item in attempt.published if seq > self._outbox.acked]
+        return [item for _, item in attempt.published]
 
     def connect(self, work: PlacedWork, session: str) -> asyncio.Queue[bytes | None]:
         """A Python Work's process listens: the lines for it, None at the end."""
@@ -612,8 +622,18 @@ class Agent:
 
     def _session(self, work: PlacedWork, session: str) -> None:
         if session != work.session:
-            work.session, work.received, work.echoed = session, 0, 0
+            work.session = session
+            work.received = work.echoed = work.said[1] if work.said[0] == session else 0
             work.origins.clear()
+
+    def _heard_before(self, work: PlacedWork, session: str, n: int) -> None:
+        """Changes that a former agent has passed on are in the vars: nobody may see them on top of them once more."""
+        work.said = session, n
+        if work.session == session:
+            work.received, work.echoed = max(work.received, n), max(work.echoed, n)
+            for seq in [seq for seq, number in work.origins.items() if number <= n]:
+                del work.origins[seq]
+                work.live.drop(seq)
 
     def _change(self, work: PlacedWork, ops: list[Op], n: int = 0) -> int:
         start = work.attempt.start if work.attempt is not None else None
@@ -968,7 +988,7 @@ class Agent:
             result=result if reason is None else None,
             cut=cut,
         )
-        self._note(attempt, told=attempt.told, published=attempt.published, ended=ended)
+        self._note(attempt, told=attempt.told, published=self._unacknowledged(attempt), ended=ended)
         attempt.stage = "ended"
         attempt.ready = False
         self._ends[self._outbox.add(ended)] = attempt
@@ -1080,10 +1100,7 @@ class Agent:
         loop = asyncio.get_running_loop()
 
         def published(drive: str, manifest: dict[str, Any]) -> None:
-            item = Published(work=attempt.start.work, drive=drive, manifest=manifest, call=attempt.start.call)
-            if not manifest.get("partial"):
-                attempt.published.append(item)
-            loop.call_soon_threadsafe(self._outbox.add, item)
+            loop.call_soon_threadsafe(self._publish, attempt.start.work, attempt, drive, manifest)
 
         return FileTransfer(
             attempt.start,

@@ -65,9 +65,9 @@ class AttemptRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
     """Why it is being stopped: stopped, replaced, timeout, lost (the flow has given it up); orphaned or fenced if the
     agent has decided it."""
     told: Progress | None = None
-    """What the script has reported of itself; with the end all that was told of it."""
+    """What the script has reported of itself; with the end, all that was told of it."""
     published: list[Published] = msgspec.field(default_factory=list)
-    """Complete versions, with the end."""
+    """Complete versions that the flow has not acknowledged."""
     ended: Ended | None = None
     acked: bool = False
     """The flow has journalled the end."""
