@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from testkit import wait_until
 
 
 class Listener(ThreadingHTTPServer):
@@ -93,6 +94,21 @@ def test_an_agent_that_is_away_or_refuses_is_no_harm(listener: Listener) -> None
         ended = run("report(loss=0.1); print('on')", url)
         assert (ended.returncode, ended.stdout, ended.stderr) == (0, "on\n", "")
     assert listener.got
+
+
+def test_what_a_dead_agent_missed_is_sent_again(listener: Listener) -> None:
+    listener.status = 500
+    env = {"ORCH_REPORT_URL": url_of(listener), "ORCH_TOKEN": "secret"}
+    code = "from orch_workers import report; report(loss=0.1); input()"
+    command = [sys.executable, "-P", "-c", code]
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as script:
+        wait_until(lambda: listener.got, what="the report")
+        listener.got.clear()
+        listener.status = 200
+        wait_until(lambda: listener.got, what="the same report again")
+        assert listener.got[0][1]["metrics"] == {"loss": 0.1}
+        _, words = script.communicate("\n")
+    assert (script.returncode, words) == (0, "")
 
 
 def test_forked_children_report_for_themselves(listener: Listener) -> None:

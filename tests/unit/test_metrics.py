@@ -118,3 +118,13 @@ def _settled(reader: MetricsReader) -> dict[str, float]:
     for _ in range(metrics_module.SCAN_EVERY + 5):
         before = reader.poll()
     return before
+
+
+def test_the_last_look_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orch_workers.metrics.READ_BYTES", 16)
+    reader = MetricsReader([tmp_path])
+    assert reader.poll() == {}
+    # Written after the last search for files, and longer than one step.
+    (tmp_path / "metrics.csv").write_text("step,loss\n" + "".join(f"{n},{n}\n" for n in range(50)))
+    assert reader.poll() == {}
+    assert reader.poll(final=True) == {"step": 49.0, "loss": 49.0}
