@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import os
 import shutil
+import statistics
 import textwrap
 import time
 import uuid
@@ -22,6 +24,25 @@ LEAK_PATIENCE = 3.0
 """Seconds in which a test's leftovers may still be going away."""
 
 os.environ[LEAK_MARK] = uuid.uuid4().hex
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What tests have measured (`record_property("measured", {name: value or list of values})`): a JSON line each."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        if report.when == "call":
+            for measured in (value for name, value in report.user_properties if name == "measured"):
+                test = found.setdefault(report.nodeid.partition("[")[0], {})
+                for name, value in measured.items():
+                    test[name] = test.get(name, []) + value if isinstance(value, list) else value
+    for test, measured in found.items():
+        shown = {
+            name: {"n": len(value), "p50": round(statistics.median(value), 3), "max": round(max(value), 3)}
+            if isinstance(value, list)
+            else value
+            for name, value in measured.items()
+        }
+        terminalreporter.write_line(f"{test}: {json.dumps(shown)}")
 
 
 @pytest.fixture(autouse=True)
