@@ -433,6 +433,22 @@ async def test_the_agent_killed(box: Box) -> None:
     assert await adopted.wait() == ended
 
 
+async def test_the_agent_dies_while_a_script_is_started(box: Box) -> None:
+    """Nobody hears that it was started; it runs all the same."""
+    server = await box.spawner._light_server()
+    os.kill(server.child.pid, signal.SIGSTOP)
+    asked = asyncio.create_task(box.spawner.start(box.spec(sys.executable, str(CHILDREN / "waits_for_go.py"))))
+    await until(lambda: server.pending, "the request")
+    asked.cancel()
+    server.writer.close()  # what was written is read before the end of file
+    await server.writer.wait_closed()
+    os.kill(server.child.pid, signal.SIGCONT)
+    await box.ready()
+    (process,) = Spawner.adopt(box.records)
+    (box.folder / "go").write_text("7")
+    assert (await process.wait()).exit_code == 7
+
+
 async def test_the_waiter_killed(box: Box) -> None:
     """The waiter is part of the script: without it the script and all it started are gone, and the call is lost."""
     process = await box.child("setsid_grandchild.py", "stay")

@@ -504,8 +504,9 @@ def _become_script(request: bytes, base: str, waiter: int, tell: int, reply: Rep
     record_path = f"{base}.run.json"
     try:
         os.setpgid(0, 0)
-        # Python ignores SIGPIPE and SIGXFSZ, and what is ignored or blocked stays so through exec.
-        for sig in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        # Python ignores SIGPIPE and SIGXFSZ, and what is ignored or blocked stays so through exec. SIGPIPE waits:
+        # the agent that is told of the start may be dead.
+        for sig in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE}:
             if signal.getsignal(sig) is not signal.SIG_DFL:
                 signal.signal(sig, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
@@ -566,10 +567,10 @@ def _run(spec: dict[str, Any], tell: int) -> tuple[int, str]:
         code = NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         return code, f"the working directory {spec['cwd']} cannot be entered: {error.strerror}"
     if spec["python"] is not None:
-        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as in any Python program
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(tell)
         _run_python(spec)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         os.execvpe(spec["argv"][0], spec["argv"], spec["env"])
     except FileNotFoundError as error:
