@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from fake_flow import FakeFlow, alive, flow_with_agent
 
-from orch.wire import ComponentRecord, Diff, Ended, Op, Published, Started, VarOps
+from orch.wire import ComponentRecord, Diff, Ended, Op, Published, Started, VarOps, decode, encode
+from orch_workers.messages import Batch, Changes, Taken
 
 APP = '''
 import os, sys, time
@@ -275,8 +276,6 @@ async def test_state_survives_the_agent(flow: FakeFlow) -> None:
 
 async def test_what_a_dead_agent_passed_on_is_not_seen_twice(flow: FakeFlow) -> None:
     await start(flow, "l", "Next", vars={"goal": 0, "rows": []})
-    flow.write("l", {"op": "replace", "path": "/goal", "value": 5})
-    await flow.until(lambda: flow.vars["l"]["rows"] == [1, 2, 3, 4, 5])
     await flow.until(lambda: flow.of(Started))
     flow.silent = True  # what comes now is in the tree, and its process never hears so from this agent
     port = int(flow.agent_url.rpartition(":")[2])
@@ -291,6 +290,23 @@ async def test_what_a_dead_agent_passed_on_is_not_seen_twice(flow: FakeFlow) -> 
     assert flow.vars["l"]["rows"] == list(range(1, 21))
     flow.write("l", goal(100))
     assert (await flow.ended("l")).reason is None
+
+
+async def test_a_new_agent_takes_no_change_before_those_that_the_former_one_took(flow: FakeFlow) -> None:
+    await flow.place("l", {"rows": []})
+
+    async def say(*numbers: int, after: int) -> int:
+        batches = [Batch(n=n, ops=[{"op": "add", "path": "/rows/-", "value": n}]) for n in numbers]
+        async with flow.script("l", "live") as http:
+            answer = await http.post(
+                str(http.base_url).rstrip("/"), content=encode(Changes(session="1-l-1.1", batches=batches, after=after))
+            )
+        return decode(Taken, answer.content).n
+
+    assert await say(5, 6, after=4) == 0  # 3 and 4 died with the former agent
+    assert await say(3, 4, 5, 6, after=0) == 6
+    assert await say(6, 7, after=5) == 7
+    await flow.until(lambda: flow.vars["l"]["rows"] == [3, 4, 5, 6, 7])
 
 
 def goal(value: int) -> Op:

@@ -268,10 +268,10 @@ class FakeFlow:
     async def status(self) -> AgentStatus:
         return decode(AgentStatus, await self.ask("/v1/status", method="GET"))
 
-    def script(self, work: str) -> httpx.AsyncClient:
+    def script(self, work: str, route: str = "state") -> httpx.AsyncClient:
         """A client as a script would have it: base URL ORCH_STATE_URL."""
         return httpx.AsyncClient(
-            base_url=f"{self.agent_url}/state/{work}",
+            base_url=f"{self.agent_url}/{route}/{work}",
             headers={"Authorization": f"Bearer token-{work}"},
             timeout=10,
             trust_env=False,

@@ -555,14 +555,14 @@ class Agent:
         finally:
             self._patches.pop(seq, None)
 
-    def receive(self, work: PlacedWork, session: str, batches: list[Batch]) -> int:
+    def receive(self, work: PlacedWork, session: str, batches: list[Batch], after: int = 0) -> int:
         """Changes made by a Python Work's process; each is taken once. Returns the last number taken."""
         self._session(work, session)
+        if after > work.received:
+            return work.received  # a former agent took what is missing: the process sends again from what is answered
         for batch in batches:
-            if batch.n != work.received + 1 and work.received:
-                if batch.n <= work.received:
-                    continue
-                break  # a gap: the process sends again from what is answered
+            if batch.n <= work.received:
+                continue
             work.received = batch.n
             if batch.ops:
                 work.origins[self._change(work, batch.ops, batch.n)] = batch.n

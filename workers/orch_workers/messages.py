@@ -54,6 +54,8 @@ class Batch(Message, frozen=True, kw_only=True, omit_defaults=True):
 class Changes(Message, frozen=True, kw_only=True, omit_defaults=True):
     session: str
     batches: list[Batch]
+    after: int = 0
+    """The last change before these that the tree has not echoed: an agent that does not have it takes nothing."""
 
 
 class Taken(Message, frozen=True, kw_only=True, omit_defaults=True):

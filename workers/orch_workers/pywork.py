@@ -308,12 +308,12 @@ class LiveLink:
                 self._to_send.clear()
                 self._close_batch()
                 batches = [self._queue[i] for i in range(min(len(self._queue), MAX_BATCHES))]
-            if not batches:
-                continue
+                if not batches:
+                    continue
+                after = max((n for n, _ in self._live.pending if n < batches[0].n), default=0)
+            changes = Changes(session=self._order.session, batches=batches, after=after)
             try:
-                taken = decode(
-                    Taken, connection.post(encode(Changes(session=self._order.session, batches=batches)), self._token)
-                )
+                taken = decode(Taken, connection.post(encode(changes), self._token))
             except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
                 log.debug("the agent does not answer: %s", error)
                 time.sleep(delay)
@@ -321,10 +321,12 @@ class LiveLink:
                 self._to_send.set()
                 continue
             delay = RETRY_FIRST
-            self._took(taken.n)
+            self._took(taken.n, after)
 
-    def _took(self, n: int) -> None:
+    def _took(self, n: int, after: int) -> None:
         with self._settled:
+            if n < after:
+                self._requeue(n)
             while self._queue and self._queue[0].n <= n:
                 self._queue.popleft()
             if self._queue:

@@ -126,7 +126,7 @@ def make_app(agent: Agent) -> FastAPI:
     async def take_changes(name: str, request: Request) -> Response:
         work = own(request, name)
         changes = _read(Changes, await request.body())
-        return _json(Taken(n=agent.receive(work, changes.session, changes.batches)))
+        return _json(Taken(n=agent.receive(work, changes.session, changes.batches, changes.after)))
 
     @app.get("/live/{name}", response_model=None)
     async def listen(name: str, session: str, request: Request) -> Response:
