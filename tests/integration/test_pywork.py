@@ -313,6 +313,24 @@ def goal(value: int) -> Op:
     return {"op": "replace", "path": "/goal", "value": value}
 
 
+async def test_changes_that_only_a_killed_agent_knew_are_sent_again_in_order(flow: FakeFlow) -> None:
+    await start(flow, "l", "Loop", 200, 0.01, vars={"n": 0, "rows": []})
+    await flow.until(lambda: flow.vars["l"]["n"] > 10)
+    flow.away = True
+    before = len(flow.vars["l"]["rows"])
+    async with flow.script("l") as http:
+        while len((await http.get("/rows")).json()) < before + 20:
+            await asyncio.sleep(0.01)
+    port = int(flow.agent_url.rpartition(":")[2])
+    await flow.kill_agent()
+    flow.epoch, flow.acked = 2, 0
+    await flow.start_agent(port=port, app_file=str(flow.folder / "myapp.py"))
+    flow.away = False
+    await flow.attach()
+    assert (await flow.ended("l", timeout=30)).reason is None
+    assert flow.vars["l"] == {"n": 200, "rows": list(range(200))}
+
+
 async def test_the_end_reaches_a_new_agent(flow: FakeFlow) -> None:
     await start(flow, "l", "Loop", 30, 0.02, vars={"n": 0, "rows": []})
     await flow.until(lambda: flow.vars["l"]["n"] > 2)

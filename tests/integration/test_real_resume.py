@@ -331,3 +331,53 @@ def test_a_resumed_run_shows_its_scripts_and_ends_what_is_gone(orch_app: Apps, a
     wait_until(lambda: "talks | succeeded" in news(), what=app.output)
     assert news().index("talks | no line end") < news().index("talks | succeeded")
     assert app.interrupt() == 130
+
+
+KEEPS_COUNTING = """
+import time
+from orch import App, Flow, Work
+
+
+class Counts(Work):
+    def __init__(self):
+        super().__init__(parallel=True)
+        self.rows = []
+        self.end = False
+
+    def run(self):
+        while not self.end:
+            self.rows.append(len(self.rows))
+            print(len(self.rows), flush=True)
+            time.sleep(0.01)
+        return len(self.rows)
+
+
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counts()
+
+    def run(self):
+        self.counts.run()
+
+
+app = App(Root())
+"""
+
+
+def test_no_change_of_a_work_is_lost_with_server_and_agent(orch_app: Apps) -> None:
+    app = orch_app(KEEPS_COUNTING)
+    app.wait_state("/works/counts/vars/rows", lambda rows: len(rows) > 10)
+    log = app.folder / ".orch/logs/counts/1-counts-1.log"
+    app.kill()
+    seen = len(log.read_text().splitlines())
+    wait_until(lambda: len(log.read_text().splitlines()) > seen + 20, what="changes that only the agent knows")
+    os.kill(agent_record(app)["pid"], signal.SIGKILL)
+    app.start()
+    app.wait_state("/works/counts/vars/rows", lambda rows: len(rows) > seen + 50)
+    app.set("/works/counts/vars/end", True)
+    app.wait_state("/works/counts/status/stage", lambda stage: stage == "succeeded")
+    [call] = app.work("counts")["calls"].values()
+    rows = app.state("/works/counts/vars/rows")
+    assert (rows, call["result"], call["attempt"]) == (list(range(len(rows))), len(rows), 1)
+    app.killed = False
