@@ -160,10 +160,9 @@ class Pass:
             return ask.new[key]
         found = book.newest if service else book.latest.get(key)
         if found is not None and found.key == key and not self._again(work, ask, found, service):
-            if not found.done:
-                if replaces:  # of several asked in one pass only the last counts, and this one is it
-                    ask.new, ask.replace = {}, False
-            elif found.fresh:
+            if replaces:  # of several asked in one pass only the last counts, and this one is it
+                ask.new, ask.replace = {}, False
+            if found.fresh:
                 ask.seen.append(found.id)
             return found
         call = self._new(work, key, args, kwargs)

@@ -152,6 +152,14 @@ def test_of_several_asked_in_one_pass_only_the_last_counts() -> None:
     assert len(tester.fake("w").starts) == 1
 
 
+def test_of_several_asked_in_one_pass_the_last_counts_also_when_it_has_finished() -> None:
+    options = {"parallel": True, "when_busy": "replace"}
+    tester = started(lambda flow: [flow.w.run(x) for x in "abc"] and None, options)
+    tester.advance(100)
+    assert [call.args for call in tester.calls("w")] == [("c",)]
+    assert tester.calls("w")[0].succeeded
+
+
 def test_earlier_arguments_replace_again() -> None:
     options = {"parallel": True, "when_busy": "replace"}
     tester = started(lambda flow: flow.w.run(str(flow.count % 2)), options, run_for=None)
