@@ -34,6 +34,7 @@ import msgspec
 from orch.errors import JournalError, JournalUnreadable, NotFound
 from orch.state import StateTree, parse_pointer
 from orch.wire import Op
+from orch_drive.crash import crash_point
 
 __all__ = ["Batch", "Journal", "Loaded", "Revision", "RunInfo"]
 
@@ -363,6 +364,7 @@ class Journal:
                     "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?, ?, ?)", (*snapshot, _crc(*snapshot))
                 )
                 self._prune(run, snapshot[1])
+                crash_point("flow.snapshot.written")
         self._all_bytes += size
         if snapshot is None:
             self._since_revisions += len(rows)
@@ -573,9 +575,12 @@ class Journal:
             self._db.execute(f"PRAGMA synchronous = {level}")  # has no effect inside a transaction
             self._synchronous = level
         self._db.execute("BEGIN IMMEDIATE")
+        crash_point("flow.journal.begun")
         try:
             yield
+            crash_point("flow.journal.written")
             self._db.execute("COMMIT")
+            crash_point("flow.journal.committed")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")

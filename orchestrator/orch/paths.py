@@ -23,7 +23,6 @@ import logging
 import os
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,10 +32,20 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orch.errors import UsageError
+from orch_drive.crash import crash_point, once_in
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
-__all__ = ["AppFolder", "AppRunning", "FolderLock", "KnownApp", "ServerInfo", "known_apps", "write_atomic"]
+__all__ = [
+    "AppFolder",
+    "AppRunning",
+    "FolderLock",
+    "KnownApp",
+    "ServerInfo",
+    "known_apps",
+    "sweep_drafts",
+    "write_atomic",
+]
 
 log = logging.getLogger(__name__)
 
@@ -78,20 +87,47 @@ class KnownApp:
     used: float
 
 
-def write_atomic(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Readers see the old or the new content; the file is never readable by others in between. OSError names it."""
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, point: str = "") -> None:
+    """Readers see the old or the new content; the file is never readable by others in between. An OSError names it.
+
+    point: names the crash points of this file. A killed process leaves its draft to `sweep_drafts`.
+    """
+    draft = path.parent / f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp"
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), mode)
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                os.fchmod(file.fileno(), mode)
+            if point:
+                crash_point(point, "written")
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if point:
+        crash_point(point, "renamed")
+
+
+def sweep_drafts(folder: Path) -> None:
+    """Remove the drafts (`*.<pid>.tmp`) that killed processes have left in a folder."""
+    for draft in folder.glob("*.tmp"):
+        pid = draft.name.split(".")[-2]
+        if pid.isdigit() and not _exists(int(pid)):
+            draft.unlink(missing_ok=True)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -193,6 +229,9 @@ class AppFolder:
         except OSError as error:
             os.close(fd)
             raise OSError(error.errno, error.strerror, str(self._lock)) from error
+        once_in(self.run)
+        for folder in (self.orch, self.run, self.run / "calls", self.run / "processes"):
+            sweep_drafts(folder)
         return FolderLock(fd)
 
     def serving(self) -> bool:
@@ -241,7 +280,7 @@ class AppFolder:
 
     def write_server(self, info: ServerInfo) -> None:
         """Say where the app is served, here and in the list of known apps."""
-        write_atomic(self._server, json.dumps(asdict(info), indent=1).encode())
+        write_atomic(self._server, json.dumps(asdict(info), indent=1).encode(), point="flow.server")
         try:
             _remember(KnownApp(info.name, self.root, info.url, info.started))
         except OSError as error:
@@ -257,7 +296,7 @@ class AppFolder:
                 return text
         self.create()
         text = secrets.token_urlsafe(32)
-        write_atomic(self._token, text.encode())
+        write_atomic(self._token, text.encode(), point="flow.token")
         return text
 
     def app_id(self) -> str:
@@ -290,7 +329,7 @@ class AppFolder:
         new = {"id": old.get("id") or secrets.token_hex(4), "app_file": app_file or old.get("app_file")}
         if new != old:
             self.create()
-            write_atomic(self._app, json.dumps(new).encode())
+            write_atomic(self._app, json.dumps(new).encode(), point="flow.app")
         return new
 
     def agent_records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -331,9 +370,10 @@ def _registry() -> Path:
 def _remember(app: KnownApp) -> None:
     folder = _registry()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sweep_drafts(folder)
     digest = hashlib.sha256(os.fsencode(os.path.realpath(app.folder))).hexdigest()[:16]
     value = {"name": app.name, "folder": str(app.folder), "url": app.url, "used": app.used}
-    write_atomic(folder / f"{digest}.json", json.dumps(value).encode())
+    write_atomic(folder / f"{digest}.json", json.dumps(value).encode(), point="flow.known")
 
 
 def known_apps() -> list[KnownApp]:

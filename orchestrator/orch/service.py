@@ -62,6 +62,7 @@ from orch.wire import (
     encode,
 )
 from orch.work import WorkSpec
+from orch_drive.crash import crash_point
 
 if TYPE_CHECKING:
     from orch.api import Route
@@ -800,6 +801,7 @@ class Service:
             ) from error
         if status != 200:
             raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
+        crash_point("flow.agent.attached")
         known = decode(AgentStatus, body)
         link.heard = time.monotonic()
         link.attached = True
@@ -835,12 +837,14 @@ class Service:
             try:
                 assert link.handle is not None
                 handle = link.handle
+                crash_point("flow", f"{kind}.due")
                 status, body = await link.peer.post(f"{handle['url']}/v1/{kind}", encode(batch), handle["token"])
             except (OSError, http.client.HTTPException) as error:
                 log.debug("agent %s: %s", link.agent, error)
                 await asyncio.sleep(delay)
                 delay = min(1.0, delay * 2)
                 continue
+            crash_point("flow", f"{kind}.answered")
             delay = 0.05
             if link.handle is not handle:
                 continue  # replaced meanwhile: that answer was another one's, and the queue a new one
@@ -947,8 +951,11 @@ class Service:
                 continue
             handle = link.handle
             try:
+                crash_point("flow.shutdown.due")
                 await link.peer.post(f"{handle['url']}/v1/shutdown", encode(Shutdown(kill=kill)), handle["token"])
+                crash_point("flow.shutdown.answered")
                 ended = await self._runtime.ended(handle, AGENT_STOP)
+                crash_point("flow.shutdown.ended")
             except (OSError, http.client.HTTPException) as error:
                 log.debug("agent %s does not answer: %s", agent, error)
                 ended = False
@@ -1055,7 +1062,9 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._journal_thread, method, *args)
 
     async def patch(self, ops: list[Op], *, cause: str, match: tuple[str, int] | None = None) -> int:
-        return int(await self._ask(lambda ticket: e.Patch(ticket=ticket, ops=ops, cause=cause, match=match)))
+        rev = int(await self._ask(lambda ticket: e.Patch(ticket=ticket, ops=ops, cause=cause, match=match)))
+        crash_point("flow.patch.committed")
+        return rev
 
     async def wait_change(self, pointer: str, after: int, timeout: float) -> bool:
         try:
@@ -1212,6 +1221,7 @@ class Service:
             if link is not None:
                 link.heard = time.monotonic()
             self._counters["pushes_total"] += 1
+            crash_point("flow.push.received")
             reply = await self._ask(lambda ticket: e.Pushed(ticket=ticket, push=push))
         except StaleEpoch:
             if link is not None and link.ending:
@@ -1219,6 +1229,7 @@ class Service:
                 raise RuntimeLost(f"agent {push.agent} is being replaced") from None
             raise
         assert isinstance(reply, PushReply)
+        crash_point("flow.push.committed")
         return reply
 
     # -- secrets ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -885,7 +886,7 @@ def test_a_put_killed_anywhere_leaves_a_whole_version_and_can_be_repeated(tmp_pa
         command = [sys.executable, "-P", "-c", PUT, base, str(source)]
         return subprocess.run(command, env=env, start_new_session=True, timeout=60).returncode
 
-    assert put(f"{point}:{hit}") == 137, "the crash point was not reached"
+    assert put(f"{point}:{hit}") == -signal.SIGKILL, "the crash point was not reached"
     reader = DriveStore(base, "app")
     manifest = reader.resolve("d")
     assert manifest is not None
@@ -923,7 +924,7 @@ def test_a_get_killed_anywhere_leaves_whole_files(tmp_path: Path, point: str, hi
     write(dest, a="old a", b="old b")
     env = {**os.environ, "ORCH_CRASH_AT": f"{point}:{hit}"}
     command = [sys.executable, "-P", "-c", GET, base, str(dest)]
-    assert subprocess.run(command, env=env, start_new_session=True, timeout=60).returncode == 137
+    assert subprocess.run(command, env=env, start_new_session=True, timeout=60).returncode == -signal.SIGKILL
     assert tree(dest) == {"a": "new a", "b": "old b"}
     manifest = store.resolve("d")
     assert manifest is not None and store.fetch(manifest, dest) == ["b"]
@@ -938,7 +939,7 @@ def test_resuming_sends_only_the_rest(tmp_path: Path) -> None:
         write(source, **{f"f{n:03d}": f"{n}"})
     command = [sys.executable, "-P", "-c", PUT, base, str(source)]
     env = {**os.environ, "ORCH_CRASH_AT": "drive.blob.written:590"}
-    assert subprocess.run(command, env=env, start_new_session=True, timeout=60).returncode == 137
+    assert subprocess.run(command, env=env, start_new_session=True, timeout=60).returncode == -signal.SIGKILL
     store = DriveStore(base, "app")
     there = {sha: store.storage.signature(blob_key(sha)) for sha in blobs(store)}
     assert len(there) == 512

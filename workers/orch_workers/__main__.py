@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 
 from orch.wire import PROTOCOL, AgentSpec, decode
+from orch_drive.crash import crash_point, once_in
 from orch_workers import places
 from orch_workers.records import ReadyFile, Records
 from orch_workers.waiter import boot_id, die_with, proc_stat
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> int:
     except (OSError, ValueError) as error:
         log.critical("%s", error)
         return 2
+    once_in(Path(spec.orch_dir, "run"))
+    crash_point("agent.spec.read")
     port = listeners[0].getsockname()[1]
     records = Records(Path(spec.orch_dir, "run"), spec.agent)
     records.write_ready(_ready(spec, port))

@@ -45,7 +45,7 @@ from orch.wire import (
     WorkReport,
     encode,
 )
-from orch_drive import DriveError
+from orch_drive import DriveError, crash
 from orch_workers import places
 from orch_workers.live import LiveVars, names_of
 from orch_workers.messages import Batch, Outcome, Told, WorkOrder
@@ -716,7 +716,7 @@ class Agent:
             work.state_file_timer = loop.call_later(STATE_FILE_RETRY, self._refresh_state_file, work)
 
     def _write_state_file(self, work: PlacedWork) -> None:
-        write_atomic(self.records.state_file(work.name), msgspec.json.encode(work.live.view()))
+        write_atomic(self.records.state_file(work.name), msgspec.json.encode(work.live.view()), point="agent.vars")
 
     # -- starting and ending attempts ----------------------------------------------------------------------------------
 
@@ -1039,7 +1039,7 @@ class Agent:
 
     def _environment(self, work: PlacedWork, attempt: Attempt, values: Mapping[str, str]) -> dict[str, str]:
         start = attempt.start
-        env = dict(os.environ)
+        env = {name: value for name, value in os.environ.items() if name not in (crash.VARIABLE, crash.HOME)}
         env.update(
             ORCH_APP=self.spec.app_name,
             ORCH_WORK=work.name,

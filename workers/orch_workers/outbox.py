@@ -13,6 +13,7 @@ import msgspec
 
 from orch.peer import HttpPeer
 from orch.wire import PROTOCOL, Ended, Item, ItemResult, Progress, PushReply, Started, decode, encode
+from orch_drive.crash import crash_point
 from orch_workers.waiter import steady
 
 __all__ = ["Outbox"]
@@ -132,7 +133,9 @@ class Outbox:
             self._retry.clear()
             sent = steady()
             try:
+                crash_point("agent.push.due")
                 status, body = await self._post(self._peer, batch[0].seq, [msgspec.Raw(entry.raw) for entry in batch])
+                crash_point("agent.push.answered")
                 problem = "" if status == 200 else f"HTTP {status}: {body[:300].decode(errors='replace')}"
                 reply = decode(PushReply, body) if status == 200 else PushReply(acked=self.acked)
             except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:

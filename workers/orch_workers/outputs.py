@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from orch.wire import StartCall
 from orch_drive import DriveConflict, DriveNotFound
+from orch_drive.crash import crash_point
 
 if TYPE_CHECKING:
     from orch_drive import DriveStore, Manifest
@@ -159,6 +160,7 @@ class FileTransfer:
             cwd=str(self._cwd),
             root=self._cwd,
         )
+        crash_point("agent.published")
         if self._reported.get(path) != manifest.serial:
             self._reported[path] = manifest.serial
             from orch_drive.manifest import to_json

@@ -25,11 +25,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orch_drive import crash
+from orch_drive.crash import crash_point
 from orch_workers import waiter, zygote
 
 __all__ = ["ExitRecord", "Process", "ProcessSpec", "SpawnError", "Spawner"]
 
 log = logging.getLogger(__name__)
+
+if crash.armed():
+    waiter.crash_point = crash_point
 
 POLL = 0.02
 """Seconds between looks where the system cannot tell of an end by itself (not on Linux)."""
@@ -198,10 +203,11 @@ class Process:
         grace can only bring the end nearer. The waiter does it, also if this agent dies meanwhile."""
         if self._waiter_lives():
             try:
-                waiter.write_record(self._path("stop"), {"grace": grace})
+                waiter.write_record(self._path("stop"), {"grace": grace}, point="agent.stop")
             except OSError as error:  # the waiter then takes the grace that it was started with
                 log.warning("the grace of %s cannot be recorded in %s: %s", self.key, self._path("stop"), error)
             self._signal_waiter(signal.SIGTERM)
+            crash_point("agent.stop.signalled")
             try:
                 async with asyncio.timeout(grace + PATIENCE):
                     await self.gone()
@@ -225,6 +231,7 @@ class Process:
         # The run record first: an exit record alone says nothing, a run record alone would read as lost.
         for kind in ("run", "exit", "stop"):
             Path(self._path(kind)).unlink(missing_ok=True)
+            crash_point("agent.forget", "all" if kind == "stop" else kind)
         waiter.unreserve(self._path("exit"), self.waiter_pid)
 
     # -- inside
@@ -463,7 +470,10 @@ class Spawner:
         for _ in range(3):
             server = await (self._light_server() if spec.python is None else self._warm_server())
             try:
-                return Process(self.record_dir, await server.start(spec, body))
+                crash_point("agent.spawn.due")
+                answer = await server.start(spec, body)
+                crash_point("agent.spawn.answered")
+                return Process(self.record_dir, answer)
             except _ServerGone as gone:
                 # Nobody is left who could start it, and the record, if there is one, is on disk: asking again is safe.
                 reason = str(gone)
@@ -581,7 +591,13 @@ class _Zygote:
         output = os.open(cls._log(record_dir, warm), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             return subprocess.Popen(
-                command, stdin=control.fileno(), stdout=output, stderr=output, cwd=cwd, start_new_session=True
+                command,
+                stdin=control.fileno(),
+                stdout=output,
+                stderr=output,
+                cwd=cwd,
+                env={**os.environ, crash.HOME: str(Path(crash.__file__).parents[1])} if crash.armed() else None,
+                start_new_session=True,
             )
         finally:
             os.close(output)

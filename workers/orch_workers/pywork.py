@@ -90,7 +90,7 @@ def main(payload: dict[str, Any]) -> int:
         # The flow would refuse what holds a secret, but this goes through a file.
         unsent = [batch for batch in link.finish(FLUSH_WITHIN) if secrets.held_by(batch) is None]
         outcome = msgspec.structs.replace(outcome, unsent=unsent)
-    write_atomic(Path(order.result_file), encode(outcome))
+    write_atomic(Path(order.result_file), encode(outcome), point="pywork.result")
     return code
 
 

@@ -93,7 +93,7 @@ class Records:
         return self._run / f"agent-{self._agent}.json"
 
     def write_ready(self, ready: ReadyFile) -> None:
-        write_atomic(self.ready_file, encode(ready))
+        write_atomic(self.ready_file, encode(ready), point="agent.ready")
 
     def remove_ready(self, epoch: int) -> None:
         """Take the ready file away unless a newer incarnation has written its own."""
@@ -120,7 +120,7 @@ class Records:
             return []
 
     def write_places(self, places: list[PlaceRecord]) -> None:
-        write_atomic(self._run / f"agent-{self._agent}.works", encode(places))
+        write_atomic(self._run / f"agent-{self._agent}.works", encode(places), point="agent.places")
 
     def drop_places(self) -> None:
         """Nothing runs here any more."""
@@ -141,7 +141,8 @@ class Records:
         return [record for _, record in sorted(found, key=lambda pair: pair[0])]
 
     def write_attempt(self, record: AttemptRecord) -> None:
-        write_atomic(self._calls / f"{record.key}.json", encode(record))
+        news = "acked" if record.acked else "ended" if record.ended else "stopping" if record.stopping else "accepted"
+        write_atomic(self._calls / f"{record.key}.json", encode(record), point=f"agent.{news}")
 
     def drop_attempt(self, key: str) -> None:
         (self._calls / f"{key}.json").unlink(missing_ok=True)

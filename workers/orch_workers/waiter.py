@@ -58,6 +58,11 @@ ROOM = 4096
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 """Exit codes of a command that cannot be started, as shells have them."""
 
+
+def crash_point(name: str, step: str = "") -> None:
+    """Where a test may end this process; the fork server puts `orch_drive.crash.crash_point` here if one wants to."""
+
+
 _PR_SET_PDEATHSIG, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 15, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -158,7 +163,7 @@ def _children_by_scan(pid: int) -> list[int]:
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
-def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False) -> None:
+def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False, point: str) -> None:
     """Put a JSON file in place at once: it is there complete and on disk, or not at all.
 
     Raises FileExistsError if `exclusive` and there is one already, else OSError.
@@ -171,9 +176,11 @@ def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False) 
             data = json.dumps(record).encode()
             _write_all(fd, data)
             os.ftruncate(fd, len(data))
+            crash_point(point, "written")
             os.fsync(fd)
         finally:
             os.close(fd)
+        crash_point(point, "synced")
         if exclusive:
             os.link(draft, path)  # unlike rename, this fails if the name is taken
         else:
@@ -181,6 +188,7 @@ def write_record(path: str, record: dict[str, Any], *, exclusive: bool = False) 
     finally:
         if exclusive or os.path.exists(draft):
             os.unlink(draft)
+    crash_point(point, "renamed")
     folder_fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_fd)
@@ -284,6 +292,7 @@ class _Waiter:
         if self.pid == 0:
             os.close(self.start_pipe)
             _become_script(request, self.base, waiter, tell, reply)
+        crash_point("waiter.forked")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
         os.close(tell)
         reply(None)
@@ -393,7 +402,7 @@ class _Waiter:
         }
         while True:
             try:
-                write_record(f"{self.base}.exit.json", record)
+                write_record(f"{self.base}.exit.json", record, point="waiter.exit")
                 return
             except OSError as problem:
                 # A full disk may be freed: while the waiter lives the call is not lost. A folder does not come back.
@@ -534,7 +543,7 @@ def _become_script(request: bytes, base: str, waiter: int, tell: int, reply: Rep
         room = ""
         try:
             room = reserve(f"{base}.exit.json", waiter)
-            write_record(record_path, record, exclusive=True)
+            write_record(record_path, record, exclusive=True, point="waiter.run")
         except OSError as error:
             if room:
                 os.unlink(room)
@@ -543,6 +552,7 @@ def _become_script(request: bytes, base: str, waiter: int, tell: int, reply: Rep
             os._exit(code)
         os.write(tell, b"s")
         reply({"started": spec["key"], **record})
+        crash_point("waiter.run.told")
         # Names every process of this attempt on this machine, for the day when the waiter is gone.
         spec["env"]["ORCH_RUN_RECORD"] = record_path
         null = os.open(os.devnull, os.O_RDONLY)

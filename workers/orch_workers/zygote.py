@@ -37,6 +37,13 @@ __all__ = ["main"]
 def main(argv: list[str]) -> NoReturn:
     """`argv`: record folder, contact file, then for the warm one: "--warm", app file ("" for none), its arguments."""
     record_dir, contact, *rest = argv
+    home = os.environ.get("ORCH_CRASH_HOME")
+    if home is not None:
+        sys.path.append(home)
+        from orch_drive import crash
+
+        crash.once_in(os.path.dirname(record_dir))
+        waiter.crash_point = crash.crash_point
     control = socket.socket(fileno=os.dup(0))
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
@@ -132,6 +139,7 @@ class _Server:
     def start(self, line: bytes) -> None:
         key, grace, lease, request = line.split(b" ", 3)
         name = key.decode()
+        waiter.crash_point("zygote.asked")
         try:
             pid = os.fork()
         except OSError as error:
@@ -140,6 +148,7 @@ class _Server:
         if pid == 0:
             until = f"{lease.decode()}:{self.contact}" if lease != b"-" else ""
             waiter.attend(name, float(grace), until, request, self.record_dir, self.reply)
+        waiter.crash_point("zygote.forked")
         self.children[pid] = name
 
     def reply(self, answer: dict[str, Any] | None) -> None:

@@ -16,6 +16,7 @@ from orch.paths import write_atomic
 from orch.processes import find, send, wait_gone
 from orch.runtimes.base import Handle
 from orch.wire import AgentSpec, encode
+from orch_drive.crash import crash_point
 
 __all__ = ["LocalRuntime"]
 
@@ -41,7 +42,8 @@ class LocalRuntime:
 
     async def launch(self, spec: AgentSpec) -> Handle:
         spec_file = self._run / f"{spec.agent}.spec"
-        write_atomic(spec_file, encode(spec), mode=0o600)
+        write_atomic(spec_file, encode(spec), mode=0o600, point="flow.spec")
+        # What a former incarnation wrote stays until this one replaces it: scripts know its port.
         ready = self.ready_file(spec.agent)
         ready.unlink(missing_ok=True)
         log = self._logs / f"agent-{spec.agent}.log"
@@ -50,6 +52,7 @@ class LocalRuntime:
         while True:
             handle = self._read(ready)
             if handle is not None and handle["epoch"] == spec.epoch:
+                crash_point("flow.agent.found")
                 return handle
             if process.poll() is not None:
                 raise RuntimeLost(
