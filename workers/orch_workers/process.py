@@ -195,6 +195,8 @@ class Process:
             while self._waiter_lives():
                 await bell.wait()
                 bell.clear()
+        if self._group_lives():  # it was killed before it had ended them
+            await self._kill_what_is_left()
 
     # -- what to do
 
@@ -248,6 +250,16 @@ class Process:
 
     def _waiter_lives(self) -> bool:
         return self._lives(self.waiter_pid, self._waiter_start)
+
+    def _group_lives(self) -> bool:
+        """Whether there is a group of that number: perhaps a stranger's, if this one is gone."""
+        try:
+            os.killpg(self.pgid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
 
     def _signal_waiter(self, sig: int) -> None:
         try:
