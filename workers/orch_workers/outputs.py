@@ -154,7 +154,7 @@ class FileTransfer:
             path,
             self._cwd / path,
             partial=partial,
-            epoch=self._epoch,
+            epoch=self._epoch if partial else self._epoch_of_complete(path),
             call=self._start.call,
             host=self._host,
             cwd=str(self._cwd),
@@ -166,6 +166,15 @@ class FileTransfer:
             from orch_drive.manifest import to_json
 
             self._on_published(manifest.drive, to_json(manifest))
+
+    def _epoch_of_complete(self, path: str) -> int:
+        """An incarnation that died between this call's complete version and the call's end has published it already:
+        under its epoch the same bytes are the same version."""
+        last = self._store.resolve(path, component=self._start.work, partial=True)
+        here = (path, False, self._start.call, self._host, str(self._cwd))
+        if last is not None and (last.path, last.partial, last.call, last.host, last.cwd) == here:
+            return min(last.epoch, self._epoch)
+        return self._epoch
 
     def _fetch(self, path: str, *, partial: bool) -> bool:
         """False if nobody has published the path."""
