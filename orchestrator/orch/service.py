@@ -43,7 +43,7 @@ from orch.logtail import LogTail, last_lines, showable
 from orch.paths import AppFolder, ServerInfo
 from orch.peer import HttpPeer
 from orch.program import Program, with_calls
-from orch.runtimes.base import Handle, Runtime
+from orch.runtimes.base import AgentDied, Handle, Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.server.sockets import bind_socket
@@ -81,6 +81,7 @@ EVENTS_KEPT = 10_000
 EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
+AGENT_TRIES = 3
 SLOW_PASS = 5.0
 UNREADABLE = 422
 """HTTP status of a request that does not fit its message type: nothing of it was done."""
@@ -722,7 +723,10 @@ class Service:
         if left is not None and alive and self._cut_off and await self._answers(left):
             self._epochs["local"] = left["epoch"]
             self.console.note(f"adopting the agent that is still running (pid {left['pid']})")
-            return await self._attach("local", left)
+            try:
+                return await self._attach("local", left)
+            except AgentDied:
+                alive = False
         if not self._cut_off:
             if left is not None or any(self.folder.run_records()):
                 await asyncio.to_thread(self._end_leftovers)
@@ -752,6 +756,15 @@ class Service:
         clear_records(self.folder)
 
     async def _launch(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
+        for tries in range(1, AGENT_TRIES):
+            try:
+                return await self._launch_once(agent, epoch, port)
+            except AgentDied as error:
+                self.console.warn(f"{_line(error)}: starting another one ({tries} of {AGENT_TRIES - 1})")
+                epoch += 1
+        return await self._launch_once(agent, epoch, port)
+
+    async def _launch_once(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
         # One token for all incarnations: one that is replaced must hear that (409), not that it is a stranger (401).
         token = self._agent_tokens.setdefault(agent, random_secrets.token_urlsafe(32))
         self._epochs[agent] = epoch
@@ -796,7 +809,8 @@ class Service:
         try:
             status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
         except (OSError, http.client.HTTPException) as error:
-            raise RuntimeLost(
+            kind = AgentDied if await self._runtime.ended(handle, 1.0) else RuntimeLost
+            raise kind(
                 f"the agent {agent} does not answer ({error})", hint=f"see {self.folder.logs / f'agent-{agent}.log'}"
             ) from error
         if status != 200:

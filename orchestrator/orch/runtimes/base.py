@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from orch.errors import RuntimeLost
 from orch.wire import AgentSpec
 
-__all__ = ["Handle", "Runtime"]
+__all__ = ["AgentDied", "Handle", "Runtime"]
 
 Handle = dict[str, Any]
 """JSON: whatever the runtime needs to find its agent again; always has "agent", "epoch", "url", "token"."""
+
+
+class AgentDied(RuntimeLost):
+    """The agent was killed before it was known: starting another one may help."""
 
 
 class Runtime(Protocol):
@@ -22,7 +27,7 @@ class Runtime(Protocol):
     """A new incarnation of an agent finds what the one before has written down."""
 
     async def launch(self, spec: AgentSpec) -> Handle:
-        """Start an agent and wait until it answers. Raises RuntimeLost with the reason."""
+        """Start an agent and wait until it answers. Raises RuntimeLost with the reason, AgentDied if it was killed."""
 
     async def poll(self, handle: Handle) -> str | None:
         """None while the agent's process lives, else why it ended."""

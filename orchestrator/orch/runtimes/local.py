@@ -14,7 +14,7 @@ import msgspec
 from orch.errors import RuntimeLost
 from orch.paths import write_atomic
 from orch.processes import find, send, wait_gone
-from orch.runtimes.base import Handle
+from orch.runtimes.base import AgentDied, Handle
 from orch.wire import AgentSpec, encode
 from orch_drive.crash import crash_point
 
@@ -45,9 +45,9 @@ class LocalRuntime:
         write_atomic(spec_file, encode(spec), mode=0o600, point="flow.spec")
         # What a former incarnation wrote stays until this one replaces it: scripts know its port.
         ready = self.ready_file(spec.agent)
-        ready.unlink(missing_ok=True)
         log = self._logs / f"agent-{spec.agent}.log"
         process = self._spawn(spec.app_dir, spec_file, log)
+        crash_point("flow.agent.spawned")
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT
         while True:
             handle = self._read(ready)
@@ -55,7 +55,8 @@ class LocalRuntime:
                 crash_point("flow.agent.found")
                 return handle
             if process.poll() is not None:
-                raise RuntimeLost(
+                kind = AgentDied if process.returncode < 0 else RuntimeLost
+                raise kind(
                     f"the agent exited with code {process.returncode} while starting: {_tail(log)}", hint=f"see {log}"
                 )
             if asyncio.get_running_loop().time() > deadline:
