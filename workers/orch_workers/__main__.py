@@ -28,6 +28,8 @@ from orch_workers.waiter import boot_id, die_with, proc_stat
 
 log = logging.getLogger("orch_workers")
 
+LOOK_EVERY = 2.0
+"""Seconds between looks at the ready file."""
 FAREWELL = 0.5
 """Seconds that a leaving agent waits for the flow to take what is not pushed yet."""
 
@@ -145,13 +147,30 @@ async def _serve(spec: AgentSpec, listeners: list[socket.socket], port: int) -> 
     async with agent.running():
         serving = asyncio.create_task(server.serve(listeners))
         leaving = asyncio.create_task(agent.leaving.wait())
-        await asyncio.wait((serving, leaving), return_when=asyncio.FIRST_COMPLETED)
+        replaced = asyncio.create_task(_replaced(agent.records.ready_file))
+        await asyncio.wait((serving, leaving, replaced), return_when=asyncio.FIRST_COMPLETED)
         await agent.flushed(FAREWELL)
         agent.close_links()
         server.should_exit = True
         leaving.cancel()
+        replaced.cancel()
         await serving
     return 0
+
+
+async def _replaced(ready_file: Path) -> None:
+    """Returns when the ready file is another agent's. A server that was killed as it started this agent has told nobody
+    of it: the next server starts another one, which does not know of this one either."""
+    while _written_by(ready_file) == os.getpid():  # noqa: ASYNC110  # it appears by rename: nothing portable tells
+        await asyncio.sleep(LOOK_EVERY)
+    log.warning("%s is not this agent's any more: another one has taken its place", ready_file)
+
+
+def _written_by(ready_file: Path) -> int | None:
+    try:
+        return decode(ReadyFile, ready_file.read_bytes()).pid
+    except FileNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
