@@ -701,7 +701,7 @@ class Engine:
             if not work.placed:
                 self._place(work)
                 return
-        launched = book.put(call.replace(attempt=call.attempt + 1, due=None))
+        launched = book.put(call.replace(attempt=call.attempt + 1, due=None, finished_at=None))
         work.live = True
         work.sent_epoch = self.agents[work.agent].epoch
         work.ready = False
