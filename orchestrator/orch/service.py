@@ -172,6 +172,7 @@ class Service:
         self._told_held = False
         self.interrupted = False
         self._detaching = False
+        self._over = False
         self._secrets = {name: value for name, value in options.secrets.items() if value}
         self._secret_forms: dict[str, tuple[str, ...]] = {}
         self._inbox: asyncio.Queue[e.Event] = asyncio.Queue()
@@ -289,6 +290,7 @@ class Service:
                     link.peer.close()
                     link.poll_peer.close()
                 engine.cancel()
+                self._refuse_the_rest()
         except* (OrchError, OSError) as group_error:
             if not self._begun.is_set() and not self._cut_off:
                 # Nothing has been started but the agent, which nobody would come back to.
@@ -299,6 +301,13 @@ class Service:
         finally:
             if server is not None:
                 await server.stop()
+
+    def _refuse_the_rest(self) -> None:
+        """Nobody takes events any more: who waits for an answer, or asks now, shall know it."""
+        self._over = True
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(RuntimeLost("the app has ended"))
 
     async def _await_agent(self, agent_ready: asyncio.Future[AgentStatus | None]) -> None:
         """An app that fails in its first pass is over before its agent is up: one that came up later would stay."""
@@ -507,6 +516,8 @@ class Service:
         """Put an event that is answered; its answer, or its error raised."""
         if self._broken is not None:
             raise self._broken
+        if self._over:
+            raise RuntimeLost("the app has ended")
         ticket = next(self._tickets)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._futures[ticket] = future
