@@ -11,7 +11,6 @@ import errno
 import hashlib
 import logging
 import os
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from orch_drive.crash import crash_point
+from orch_drive.drafts import PREFIX as DRAFT
+from orch_drive.drafts import draft_in, sweep
 from orch_drive.errors import (
     DriveConflict,
     DriveCorrupt,
@@ -56,7 +57,6 @@ log = logging.getLogger(__name__)
 _SMALL = 1 << 20
 _READ_TRIES = 5
 _COMMIT_TRIES = 50
-_TMP_PREFIX = ".orch-tmp-"
 _GC_AGE = 24 * 3600.0
 
 Times = tuple[int, int, int]
@@ -568,6 +568,8 @@ class DriveStore:
                     todo.append((name, entry, target))
             if cut.is_dir:
                 dest.mkdir(parents=True, exist_ok=True)
+            for folder in {target.parent for _, _, target in todo}:
+                sweep(folder)
             for name, entry, target in todo:
                 self._fetch_one(cut, entry, target)
                 written.append(name)
@@ -575,7 +577,7 @@ class DriveStore:
 
     def _fetch_one(self, manifest: Manifest, entry: Entry, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = target.parent / f"{_TMP_PREFIX}{secrets.token_hex(8)}"
+        tmp = draft_in(target.parent)
         mode = 0o777 if entry.executable else 0o666
         fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -864,7 +866,7 @@ def _walk(source: Path, limit: str) -> Iterator[tuple[str, Path]]:
         except FileNotFoundError:
             continue
         for item in items:
-            if item.name.startswith(_TMP_PREFIX):
+            if item.name.startswith(DRAFT):
                 continue
             name = f"{folder}/{item.name}" if folder else item.name
             above = seen
