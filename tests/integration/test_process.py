@@ -336,6 +336,7 @@ async def test_a_key_starts_once(box: Box) -> None:
     specs = [box.spec("sh", "-c", "echo started; sleep 600")] * 4
     processes = await asyncio.gather(*(s.start(x) for s, x in zip([box.spawner, other] * 2, specs, strict=True)))
     assert len({process.pid for process in processes}) == 1
+    await until(lambda: box.log.read_text() == "started\n", "the script runs")
     await processes[0].stop(1.0)
     again = await box.spawner.start(specs[0])
     assert again.pid == processes[0].pid and again.ended is not None
