@@ -398,6 +398,23 @@ async def test_sigterm_and_a_successor_leave_scripts_alone(flow: FakeFlow) -> No
     assert {ended.work for ended in flow.of(Ended)} == {"w", "x"} and not alive(started.pid)
 
 
+async def test_an_agent_that_another_one_has_replaced_leaves(flow: FakeFlow) -> None:
+    await flow.place("w")
+    await flow.start("w", ["sleep", "600"])
+    started = (await flow.until(lambda: flow.of(Started)))[0]
+    ready = flow.orch_dir / "run" / "agent-local.json"
+    others = json.dumps({**json.loads(ready.read_bytes()), "pid": os.getpid()})
+    ready.write_text(others)
+    assert flow.agent is not None
+    assert await asyncio.wait_for(flow.agent.wait(), 15) == 0
+    assert alive(started.pid)
+    flow.epoch, flow.acked = 2, 0
+    await flow.start_agent()
+    await flow.attach()
+    await flow.stop("w")
+    assert (await flow.ended("w")).reason == "stopped"
+
+
 async def test_forget_stops_and_drops(flow: FakeFlow) -> None:
     await flow.place("w", {"x": 1})
     await flow.start("w", "sleep 60")
