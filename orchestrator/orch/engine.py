@@ -165,6 +165,8 @@ class Engine:
         self._close_burst = False
         self._stop_deadline: float | None = None
         self._exited = False
+        self.ending: tuple[int, str] | None = None
+        """Of a resumed run: the exit code and message with which it was about to end."""
 
         tree.setdefault("app", {})
         tree["app"] = {"name": config.app, "run": config.run, "stage": self.stage, "message": ""}
@@ -1096,6 +1098,7 @@ class Engine:
                 self._resend(work, known.get(work.spec.name), now)
                 self._advance(work, now)
         self._wake()
+        self._maybe_exit(now)
 
     def _resend(self, work: KnownWork, report: Any, now: float) -> None:
         """The current attempt was to be started, but this agent knows nothing of it: the same request again."""
@@ -1337,6 +1340,8 @@ class Engine:
                 due = following(schedule.cron, schedule.tz, schedule.due, now)
                 self._keep_schedule(key, msgspec.structs.replace(schedule, due=due))
             self._pass_schedules[key] = self.schedules[key]
+        if self.ending is not None:
+            self._end_app(*self.ending, now)
         self._woken = True
         return self.settle(now)
 
@@ -1417,6 +1422,9 @@ class Engine:
             agent = self.agents.setdefault(name, KnownAgent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
         self._said = dict(facts.get("said", {}))
+        app = facts.get("app", {}).get("stage", {})
+        if not clean and app.get("stage") in ("stopping", "stopped", "failed"):
+            self.ending = (int(app["stage"] == "failed"), app["message"])
         for key, value in facts.get("schedule", {}).items():
             self.schedules[key] = msgspec.convert(value, Schedule)
 

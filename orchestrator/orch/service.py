@@ -419,6 +419,8 @@ class Service:
         self.engine = Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
         if previous is not None:
             self.engine.restore(facts, clean=clean)
+            if self.engine.ending:
+                self.console.note("it was being ended when its server died: ending it now")
         self._take_routes(self.program.api_routes())
         # An app that cannot be started leaves no run behind, which the next `orch run` would resume.
         if previous is None:

@@ -318,7 +318,7 @@ def check(crashed: Crashed, undisturbed: Any) -> None:
     # Every acknowledged write was journalled with the revision that was told, and the end is the same.
     for who, value, rev in crashed.lines("acks"):
         path = {"-": "vars/go", "first": "works/first/vars/count", "some.0": "structures/some/works/0/vars/count"}[who]
-        found = crashed.journal(lambda journal, rev=int(rev): journal.at(1, rev))
+        found = crashed.journal(lambda journal, rev=int(rev): journal.at(1, rev).root)
         for key in path.split("/"):
             found = found[key]
         assert found == json.loads(value), (who, value, rev)

@@ -164,3 +164,33 @@ def test_an_agent_that_nobody_has_attached_to_ends_with_its_server(orch_app: App
     victim.go(["work"])
     app.wait_state("/works/work/status/stage", lambda stage: stage == "succeeded")
     assert len(starts(app)) == 1
+
+
+def test_a_stop_that_was_answered_is_not_undone_by_the_servers_death(orch_app: Apps) -> None:
+    app = orch_app(STUBBORN)
+    app.wait_state("/works/w/status/stage", lambda stage: stage == "running")
+    wait_until(lambda: "sleep" in [p.name() for p in app.processes()])
+    app.post("/app/stop")
+    assert app.state("/app/stage") == "stopping"
+    app.kill()
+    app.spawn()
+    assert app.wait_exit() == 0
+    assert "ending it now" in app.output()
+    assert not app.processes()
+    app.start()  # and that is over
+    assert app.state("/app/run") == 2
+
+
+STUBBORN = """
+    from orch import App, Flow, ScriptWork
+
+    class Root(Flow):
+        def __init__(self):
+            super().__init__()
+            self.w = ScriptWork("trap '' TERM; sleep 600 & wait; wait", shell=True, parallel=True, grace=3.0)
+
+        def run(self):
+            self.w.run()
+
+    app = App(Root())
+"""

@@ -381,7 +381,7 @@ async def test_sigterm_and_a_successor_leave_scripts_alone(flow: FakeFlow) -> No
     flow.agent.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(flow.agent.wait(), 5) == 0
     assert alive(started.pid)
-    assert not (flow.orch_dir / "run" / "agent-local.json").exists()
+    assert (flow.orch_dir / "run" / "agent-local.json").exists()  # the script looks for an agent on that port
     flow.acked = 0
     await flow.start_agent()
     (flow.orch_dir / "run" / "agent-local.spec").write_text('{"epoch": 3}')

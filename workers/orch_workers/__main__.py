@@ -51,10 +51,13 @@ def main(argv: list[str]) -> int:
     port = listeners[0].getsockname()[1]
     records = Records(Path(spec.orch_dir, "run"), spec.agent)
     records.write_ready(_ready(spec, port))
+    left = True
     try:
-        return asyncio.run(_serve(spec, listeners, port))
+        left = asyncio.run(_serve(spec, listeners, port))
     finally:
-        records.remove_ready(spec.epoch)
+        if not left:  # else the next incarnation needs the port, under which living scripts look for it
+            records.remove_ready(spec.epoch)
+    return 0
 
 
 def _read_spec(argv: list[str]) -> AgentSpec:
@@ -113,7 +116,8 @@ def _ready(spec: AgentSpec, port: int) -> ReadyFile:
     )
 
 
-async def _serve(spec: AgentSpec, listeners: list[socket.socket], port: int) -> int:
+async def _serve(spec: AgentSpec, listeners: list[socket.socket], port: int) -> bool:
+    """Until the agent leaves. Whether scripts of it live on."""
     import uvicorn
 
     from orch_workers.agent import Agent
@@ -155,7 +159,7 @@ async def _serve(spec: AgentSpec, listeners: list[socket.socket], port: int) -> 
         leaving.cancel()
         replaced.cancel()
         await serving
-    return 0
+    return not all(attempt.over.is_set() for attempt in agent.attempts.values())
 
 
 async def _replaced(ready_file: Path) -> None:
