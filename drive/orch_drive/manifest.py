@@ -28,8 +28,10 @@ from orch_drive.errors import DriveAmbiguous, DriveCorrupt, DriveNotFound, Drive
 __all__ = [
     "FORMAT",
     "KEEP",
+    "NO_FENCE",
     "Changes",
     "Entry",
+    "Fence",
     "FileInfo",
     "Manifest",
     "ManifestIndex",
@@ -41,8 +43,10 @@ __all__ = [
     "check_name",
     "check_path",
     "decode",
+    "decode_fence",
     "diff",
     "encode",
+    "encode_fence",
     "from_json",
     "glob_regex",
     "is_glob",
@@ -69,6 +73,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ctime_ns: int = 0
     """Of the publisher's file; 0 when its times were too young to prove that it will not change unseen."""
     executable: bool = False
+    parts: list[tuple[str, int]] = []
+    """(sha256, size) of the blobs that make up a file which grows while it is published; else it is one blob."""
+
+    @property
+    def pieces(self) -> list[tuple[str, int]]:
+        """(sha256, size) of the blobs that its bytes are in, in order."""
+        return self.parts or [(self.sha256, self.size)]
 
     def same_bytes(self, other: Entry) -> bool:
         return self.sha256 == other.sha256 and self.size == other.size and self.executable == other.executable
@@ -102,6 +113,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         """Bytes of all its files."""
         return sum(entry.size for entry in self.entries)
 
+    @property
+    def blobs(self) -> set[str]:
+        """Checksums of all blobs that it names."""
+        return {sha256 for entry in self.entries for sha256, _ in entry.pieces}
+
     def drive_path(self, entry: Entry) -> str:
         """The entry's path on the Drive."""
         if not self.is_dir:
@@ -110,6 +126,29 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def entry(self, name: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.name == name), None)
+
+
+class Fence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a component may still say: everything from `epoch` on, and what it had said when the fence was set."""
+
+    epoch: int
+    heads: dict[str, int] = {}
+    """The last version of each chain at that moment, by chain key."""
+    partials: dict[str, int] = {}
+    """The serial of its unfinished version."""
+    void: dict[str, list[int]] = {}
+    """Versions up to that one which an earlier fence had shut out."""
+
+    def admits(self, chain: str, manifest: Manifest) -> bool:
+        """Whether a manifest counts. Epoch 0 is not fenced."""
+        if not manifest.epoch or manifest.epoch >= self.epoch:
+            return True
+        if manifest.partial:
+            return manifest.serial == self.partials.get(chain)
+        return manifest.version <= self.heads.get(chain, 0) and manifest.version not in self.void.get(chain, ())
+
+
+NO_FENCE = Fence(epoch=0)
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -261,17 +300,40 @@ class TornManifest(Exception):
 
 def encode(manifest: Manifest) -> bytes:
     """The manifest as it lies in storage: a line of JSON, a line with the checksum."""
-    body = _encoder.encode(manifest)
+    return _sealed(manifest)
+
+
+def encode_fence(fence: Fence) -> bytes:
+    """The fence as it lies in storage."""
+    return _sealed(fence)
+
+
+def _sealed(value: Manifest | Fence) -> bytes:
+    body = _encoder.encode(value)
     return body + b"\nsha256:" + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
 
-def decode(data: bytes, *, name: str = "manifest") -> Manifest:
-    """The manifest of stored bytes. Raises TornManifest, DriveCorrupt naming `name`."""
+def _unsealed(data: bytes, name: str) -> bytes:
     body, _, rest = data.partition(b"\nsha256:")
     if not rest.endswith(b"\n"):
         raise TornManifest(name)
     if rest.strip() != hashlib.sha256(body).hexdigest().encode():
         raise DriveCorrupt(f"{name} does not match its checksum", hint="publish the path again")
+    return body
+
+
+def decode_fence(data: bytes) -> Fence:
+    """The fence of stored bytes. Raises TornManifest, DriveCorrupt."""
+    body = _unsealed(data, "the fence")
+    try:
+        return msgspec.json.decode(body, type=Fence)
+    except msgspec.MsgspecError as exc:
+        raise DriveCorrupt(f"this is no fence that this version of orch can read: {exc}") from exc
+
+
+def decode(data: bytes, *, name: str = "manifest") -> Manifest:
+    """The manifest of stored bytes. Raises TornManifest, DriveCorrupt naming `name`."""
+    body = _unsealed(data, name)
     try:
         manifest = _decoder.decode(body)
         _check(manifest)
@@ -489,9 +551,17 @@ class ManifestIndex:
         return chain.partial if chain is not None else None
 
     def last_serial(self, component: str) -> int:
+        return max((manifest.serial for manifest in self.counting(component)), default=0)
+
+    def last_epoch(self, component: str) -> int:
+        """The newest epoch that the component has published in."""
+        return max((manifest.epoch for manifest in self.counting(component)), default=0)
+
+    def counting(self, component: str) -> builtins.list[Manifest]:
+        """The newest complete manifest and the unfinished one of each path that the component published."""
         chains = self._chains.get(component, {}).values()
-        newest = (manifest for chain in chains for manifest in (chain.partial, chain.newest(False)))
-        return max((manifest.serial for manifest in newest if manifest is not None), default=0)
+        found = (manifest for chain in chains for manifest in (chain.partial, chain.newest(False)))
+        return [manifest for manifest in found if manifest is not None]
 
     def owners(self, path: str, *, partial: bool = False) -> builtins.list[str]:
         """The components that publish the path (a file, or a folder of files), sorted."""

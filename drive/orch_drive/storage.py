@@ -1,8 +1,9 @@
-"""Where a Drive's bytes lie: one seam, `Storage`, over local disk and over fsspec.
+"""Where a Drive's bytes lie: one seam, `Storage`, over local disk, over fsspec, and (in `s3`) over a bucket.
 
     blobs/a/<sha256>                               content, named by its checksum, never changed
     manifests/<component>/<path>/00000007.json     one complete version; creating it is the commit
     manifests/<component>/<path>/partial.json      the unfinished version, replaced
+    manifests/<component>/.fence                   the epoch below which nothing more is accepted
     corrupt/<sha256>                               a blob whose bytes did not match, kept out of the way
     tmp/, lock, commit.lock                        local disk only
 
@@ -19,7 +20,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -32,12 +33,17 @@ __all__ = [
     "FsspecStorage",
     "LocalStorage",
     "Storage",
+    "Tick",
     "blob_key",
     "copy_hashed",
+    "folds_case",
     "hash_whole",
     "open_storage",
     "write_all",
 ]
+
+Tick = Callable[[int], None]
+"""Told of each piece of content that has been moved: its bytes."""
 
 CHUNK = 8 << 20
 _BATCH_FILES = 512
@@ -54,8 +60,9 @@ class Batch(Protocol):
 
     def add_bytes(self, sha256: str, data: bytes) -> None: ...
 
-    def add_file(self, source: int) -> str:
-        """Send what the file descriptor reads; the checksum of exactly the bytes that were sent."""
+    def add_file(self, source: int, sha256: str = "") -> str:
+        """Send what the file descriptor reads; the checksum of exactly the bytes that were sent. `sha256`: what it was
+        a moment ago, if that is known; then the answer is empty if it has changed since."""
 
     def flush(self) -> None: ...
 
@@ -69,30 +76,51 @@ class Storage(Protocol):
     url: str
     near: bool
     """A look at one blob costs microseconds."""
+    locked: bool
+    """`commit_lock` keeps every other committer out."""
 
     def read(self, key: str) -> bytes: ...
+    def read_many(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+        """In the order asked, None for a missing one; where it pays, several at once."""
+
     def signature(self, key: str) -> Any:
         """Changes when the key is replaced."""
 
     def create(self, key: str, data: bytes) -> bool:
         """Write it whole and durable, or answer False because the key exists."""
 
-    def replace(self, key: str, data: bytes) -> None: ...
+    def replace(self, key: str, data: bytes, seen: Any = None, *, durable: bool = True) -> bool:
+        """Write it over the key. Where committers cannot be locked out: False, and nothing done, unless the key's
+        signature is still `seen` (None: there is none). `durable=False`: a power cut may undo it."""
+
     def remove(self, key: str) -> None:
         """No error if it is gone already."""
 
-    def keys(self, prefix: str) -> list[str]: ...
+    def remove_many(self, keys: list[str]) -> None: ...
+    def listing(self, prefix: str) -> dict[str, Any]:
+        """The keys below, with their signatures where those come for free (else None)."""
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        """The keys below, with the time at which each was written."""
+
     def size(self, key: str) -> int | None: ...
     def modified(self, key: str) -> float | None: ...
     def set_aside(self, key: str, other: str) -> None:
         """Give the key another name."""
 
-    def batch(self) -> Batch: ...
-    def fetch(self, key: str, target: int) -> str:
-        """Copy the key to a file descriptor (open for reading and writing); the checksum of what was written there."""
+    def batch(self, tick: Tick | None = None) -> Batch: ...
+    def fetch(self, key: str, target: int, size: int, tick: Tick | None = None) -> str:
+        """Copy the key, which shall have that size, to a file descriptor (open for reading and writing; what it holds
+        already is the beginning); the checksum of what is there then. May raise DriveCorrupt."""
 
-    def open_checked(self, key: str, sha256: str) -> BinaryIO:
+    def digest(self, key: str, size: int) -> str:
+        """The checksum of what lies there. May raise DriveCorrupt if that has another size."""
+
+    def open_checked(self, key: str, sha256: str, size: int) -> BinaryIO:
         """Its bytes, compared with the checksum before the first one is handed out. Raises DriveCorrupt."""
+
+    def link(self, key: str, *, seconds: int, filename: str) -> str | None:
+        """A URL that gives the bytes to whoever has it, for that long; None where there is no such thing."""
 
     def commit_lock(self) -> AbstractContextManager[None]:
         """One committer at a time, where the storage can promise it; else `create` decides the race."""
@@ -114,10 +142,16 @@ def open_storage(url: str) -> Storage:
         return LocalStorage(Path(url))
     if scheme in ("file", "local"):
         return LocalStorage(Path(rest))
+    if scheme in ("s3", "s3a"):
+        from orch_drive.s3 import S3Storage
+
+        return S3Storage(url)
     return FsspecStorage(url)
 
 
-def _hash_fd(fd: int, start: int, length: int, digest: Any) -> None:
+def _hash_fd(fd: int, start: int, length: int, digest: Any, tick: Tick | None = None) -> None:
+    if tick is not None and length:
+        tick(length)
     while length:
         data = os.pread(fd, min(length, 1 << 20), start)
         if not data:
@@ -133,32 +167,71 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def copy_hashed(source: int, target: int) -> str:
+def copy_hashed(source: int, target: int, tick: Tick | None = None) -> str:
     """Copy a descriptor's whole content to an empty file; sha256 of what the target holds. Bounded memory.
 
-    The kernel copies (sharing extents where the file system can), and the hash is taken from the copy: a source that
-    changes meanwhile can give a mixed copy, never a copy that does not match its checksum.
+    The kernel copies (sharing extents where the file system can), holes stay holes, and the hash is taken from the
+    copy: a source that changes meanwhile can give a mixed copy, never a copy that does not match its checksum.
     """
     digest = hashlib.sha256()
-    done, size = 0, os.fstat(source).st_size
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    done = 0
     while done < size:
-        try:
-            count = os.copy_file_range(source, target, min(CHUNK, size - done), done, done)
-        except (AttributeError, OSError) as exc:
-            if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-                raise
-            break  # not on this system, or not between these two file systems
-        if not count:
+        start, end = _data_extent(source, done, size)
+        _hash_fd(target, done, start - done, digest, tick)
+        done = start
+        while done < end:
+            count = _copy_piece(source, target, done, min(CHUNK, end - done))
+            if not count:  # cut off meanwhile: the copy has zeros there, and the caller sees the other size
+                break
+            _hash_fd(target, done, count, digest, tick)
+            done += count
+        if done < end:
+            _hash_fd(target, done, size - done, digest, tick)
             break
-        _hash_fd(target, done, count, digest)
-        done += count
-    # also after a plain end: some file systems answer 0 to copy_file_range although there is more to read
-    os.lseek(target, done, os.SEEK_SET)
-    while done < size and (data := os.pread(source, min(1 << 20, size - done), done)):
-        write_all(target, data)
-        digest.update(data)
-        done += len(data)
     return digest.hexdigest()
+
+
+def _data_extent(fd: int, start: int, size: int) -> tuple[int, int]:
+    """Where the next bytes lie that are no hole."""
+    try:
+        first = os.lseek(fd, start, os.SEEK_DATA)
+        return min(first, size), min(os.lseek(fd, first, os.SEEK_HOLE), size)
+    except (AttributeError, OSError) as exc:
+        if getattr(exc, "errno", 0) == errno.ENXIO:  # nothing but a hole up to the end
+            return size, size
+        return start, size
+
+
+def _copy_piece(source: int, target: int, offset: int, length: int) -> int:
+    try:
+        # also a plain 0 is looked at again: some file systems answer it although there is more to read
+        if count := os.copy_file_range(source, target, length, offset, offset):
+            return count
+    except AttributeError:
+        pass  # not on this system
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            raise
+        # not between these two file systems
+    data = os.pread(source, min(length, 1 << 20), offset)
+    view = memoryview(data)
+    while view:
+        view = view[os.pwrite(target, view, offset + len(data) - len(view)) :]
+    return len(data)
+
+
+def folds_case(folder: str | os.PathLike[str]) -> bool:
+    """Whether the disk takes `A` and `a` for one name, as is usual on macOS."""
+    name = f".orch-tmp-{secrets.token_hex(8)}"
+    path = os.path.join(folder, name)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        return os.path.exists(os.path.join(folder, name.upper()))
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def hash_whole(fd: int) -> str:
@@ -176,6 +249,7 @@ class LocalStorage:
     """A folder. Locks are flock, so a killed process holds none."""
 
     near = True
+    locked = True
 
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.abspath(root))
@@ -192,6 +266,9 @@ class LocalStorage:
         with open(self._at(key), "rb") as file:
             return file.read()
 
+    def read_many(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+        return _one_by_one(self, keys)
+
     def signature(self, key: str) -> Any:
         stat = os.stat(self._at(key))
         return stat.st_ino, stat.st_mtime_ns, stat.st_size
@@ -203,14 +280,15 @@ class LocalStorage:
         self.replace(key, data)
         return True
 
-    def replace(self, key: str, data: bytes) -> None:
+    def replace(self, key: str, data: bytes, seen: Any = None, *, durable: bool = True) -> bool:
         target = self._at(key)
         tmp, fd = self.temporary()
         try:
             try:
                 write_all(fd, data)
                 crash_point("drive.manifest.written")
-                os.fsync(fd)
+                if durable:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
             crash_point("drive.manifest.synced")
@@ -221,13 +299,26 @@ class LocalStorage:
                 os.unlink(tmp)
             raise
         crash_point("drive.manifest.renamed")
-        _fsync_dir(os.path.dirname(target))
+        if durable:
+            _fsync_dir(os.path.dirname(target))
+        return True
 
     def remove(self, key: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self._at(key))
 
-    def keys(self, prefix: str) -> list[str]:
+    def remove_many(self, keys: list[str]) -> None:
+        for key in keys:
+            self.remove(key)
+
+    def listing(self, prefix: str) -> dict[str, Any]:
+        return dict.fromkeys(self._keys(prefix))
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        found = ((key, self.modified(key)) for key in self._keys(prefix))
+        return {key: when for key, when in found if when is not None}
+
+    def _keys(self, prefix: str) -> list[str]:
         out: list[str] = []
         folders = [prefix.rstrip("/")]
         while folders:
@@ -261,17 +352,25 @@ class LocalStorage:
         with suppress(FileNotFoundError):
             os.rename(self._at(key), self._at(other))
 
-    def batch(self) -> Batch:
-        return _LocalBatch(self)
+    def batch(self, tick: Tick | None = None) -> Batch:
+        return _LocalBatch(self, tick)
 
-    def fetch(self, key: str, target: int) -> str:
+    def fetch(self, key: str, target: int, size: int, tick: Tick | None = None) -> str:
         source = os.open(self._at(key), os.O_RDONLY)
         try:
-            return copy_hashed(source, target)
+            os.ftruncate(target, 0)
+            return copy_hashed(source, target, tick)
         finally:
             os.close(source)
 
-    def open_checked(self, key: str, sha256: str) -> BinaryIO:
+    def digest(self, key: str, size: int) -> str:
+        with _opened(self._at(key)) as fd:
+            return hash_whole(fd)
+
+    def link(self, key: str, *, seconds: int, filename: str) -> str | None:
+        return None
+
+    def open_checked(self, key: str, sha256: str, size: int) -> BinaryIO:
         file = open(self._at(key), "rb")
         try:
             stat = os.fstat(file.fileno())
@@ -339,7 +438,7 @@ class LocalStorage:
         _fsync_dir(parent)
 
     def sweep(self) -> None:
-        for key in self.keys("tmp"):
+        for key in self._keys("tmp"):
             self.remove(key)
 
 
@@ -351,8 +450,9 @@ def _fsync_dir(folder: str) -> None:
 class _LocalBatch:
     """Writes files beside the store, makes many of them durable in one go, then gives them their names."""
 
-    def __init__(self, storage: LocalStorage) -> None:
+    def __init__(self, storage: LocalStorage, tick: Tick | None) -> None:
         self._storage = storage
+        self._tick = tick
         self._waiting: list[tuple[str, str]] = []
         self._bytes = 0
 
@@ -363,13 +463,15 @@ class _LocalBatch:
             write_all(fd, data)
         finally:
             os.close(fd)
+        if self._tick is not None:
+            self._tick(len(data))
         self._written(len(data))
 
-    def add_file(self, source: int) -> str:
+    def add_file(self, source: int, sha256: str = "") -> str:
         tmp, fd = self._storage.temporary()
         try:
             try:
-                digest = copy_hashed(source, fd)
+                digest = copy_hashed(source, fd, self._tick)
                 size = os.fstat(fd).st_size
             finally:
                 os.close(fd)
@@ -416,6 +518,14 @@ class _LocalBatch:
         self._waiting.clear()
 
 
+def _one_by_one(storage: LocalStorage | FsspecStorage, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    for key in keys:
+        try:
+            yield key, storage.read(key)
+        except FileNotFoundError:
+            yield key, None
+
+
 @contextmanager
 def _opened(path: str) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -441,7 +551,7 @@ class FsspecStorage:
         self._fs = fs
         self._root = root.rstrip("/")
         protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
-        self.near = self._memory = protocol == "memory"
+        self.near = self.locked = protocol == "memory"
 
     def _at(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -449,6 +559,9 @@ class FsspecStorage:
     def read(self, key: str) -> bytes:
         data: bytes = self._fs.cat_file(self._at(key))
         return data
+
+    def read_many(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+        return _one_by_one(self, keys)
 
     def signature(self, key: str) -> Any:
         info = self._fs.info(self._at(key))
@@ -462,15 +575,27 @@ class FsspecStorage:
         crash_point("drive.manifest.renamed")
         return True
 
-    def replace(self, key: str, data: bytes) -> None:
+    def replace(self, key: str, data: bytes, seen: Any = None, *, durable: bool = True) -> bool:
         self._fs.pipe_file(self._at(key), data)
         crash_point("drive.manifest.renamed")
+        return True
 
     def remove(self, key: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._at(key))
 
-    def keys(self, prefix: str) -> list[str]:
+    def remove_many(self, keys: list[str]) -> None:
+        for key in keys:
+            self.remove(key)
+
+    def listing(self, prefix: str) -> dict[str, Any]:
+        return dict.fromkeys(self._keys(prefix))
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        found = ((key, self.modified(key)) for key in self._keys(prefix))
+        return {key: when for key, when in found if when is not None}
+
+    def _keys(self, prefix: str) -> list[str]:
         self._fs.invalidate_cache()
         strip = len(self._root) + 1
         try:
@@ -496,8 +621,11 @@ class FsspecStorage:
         with suppress(FileNotFoundError):
             self._fs.mv(self._at(key), self._at(other))
 
-    def batch(self) -> Batch:
-        return _FsspecBatch(self)
+    def batch(self, tick: Tick | None = None) -> Batch:
+        return _FsspecBatch(self, tick)
+
+    def link(self, key: str, *, seconds: int, filename: str) -> str | None:
+        return None
 
     def put_blob(self, sha256: str, data: bytes) -> None:
         self._fs.pipe_file(self._at(blob_key(sha256)), data)
@@ -525,24 +653,35 @@ class FsspecStorage:
         crash_point("drive.blob.renamed")
         return digest.hexdigest()
 
-    def fetch(self, key: str, target: int) -> str:
-        digest, done = hashlib.sha256(), 0
-        size = self._fs.info(self._at(key))["size"]
-        while done < size:
-            data = self._fs.cat_file(self._at(key), start=done, end=min(done + CHUNK, size))
-            if not data:
-                break
+    def fetch(self, key: str, target: int, size: int, tick: Tick | None = None) -> str:
+        digest = hashlib.sha256()
+        os.ftruncate(target, 0)
+        os.lseek(target, 0, os.SEEK_SET)
+        for data in self._pieces(key):
             write_all(target, data)
             digest.update(data)
-            done += len(data)
+            if tick is not None:
+                tick(len(data))
         return digest.hexdigest()
 
-    def open_checked(self, key: str, sha256: str) -> BinaryIO:
+    def _pieces(self, key: str) -> Iterator[bytes]:
+        size, done = self._fs.info(self._at(key))["size"], 0
+        while done < size and (data := self._fs.cat_file(self._at(key), start=done, end=min(done + CHUNK, size))):
+            yield data
+            done += len(data)
+
+    def digest(self, key: str, size: int) -> str:
+        digest = hashlib.sha256()
+        for data in self._pieces(key):
+            digest.update(data)
+        return digest.hexdigest()
+
+    def open_checked(self, key: str, sha256: str, size: int) -> BinaryIO:
         import tempfile
 
         file = tempfile.TemporaryFile()
         try:
-            if self.fetch(key, file.fileno()) != sha256:
+            if self.fetch(key, file.fileno(), size) != sha256:
                 raise DriveCorrupt(f"{self.url}/{key} does not match its checksum")
             file.seek(0)
         except BaseException:
@@ -552,7 +691,7 @@ class FsspecStorage:
 
     @contextmanager
     def commit_lock(self) -> Iterator[None]:
-        if not self._memory:
+        if not self.locked:
             yield
             return
         with _memory_lock:  # fsspec's memory file system looks and writes in two steps
@@ -568,21 +707,23 @@ class FsspecStorage:
 
     def sweep(self) -> None:
         horizon = time.time() - _TMP_AGE
-        for key in self.keys("tmp"):
-            when = self.modified(key)
-            if when is not None and when < horizon:
-                self.remove(key)
+        self.remove_many([key for key, when in self.ages("tmp").items() if when < horizon])
 
 
 class _FsspecBatch:
-    def __init__(self, storage: FsspecStorage) -> None:
+    def __init__(self, storage: FsspecStorage, tick: Tick | None) -> None:
         self._storage = storage
+        self._tick = tick or (lambda count: None)
 
     def add_bytes(self, sha256: str, data: bytes) -> None:
         self._storage.put_blob(sha256, data)
+        self._tick(len(data))
 
-    def add_file(self, source: int) -> str:
-        return self._storage.put_blob_file(source)
+    def add_file(self, source: int, sha256: str = "") -> str:
+        size = os.fstat(source).st_size
+        sha256 = self._storage.put_blob_file(source)
+        self._tick(size)
+        return sha256
 
     def flush(self) -> None:
         return

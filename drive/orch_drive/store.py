@@ -1,17 +1,25 @@
 """One Drive in its storage: publish, resolve, fetch, versions, delete, verify, collect garbage.
 
 Publishing sends the blobs that are not there yet, then creates the next manifest of the path: that is the commit. Two
-writers of one path: each gets a version of its own, the later commit is the newer one. A writer with an older epoch
-than the path has seen is refused. Deleting commits a manifest without files.
+writers of one path: each gets a version of its own, the later commit is the newer one. Deleting commits a manifest
+without files.
+
+A writer with an older epoch than its component has seen is refused: than any of the component's manifests, or than its
+fence. The fence says which versions there were when it was set, and a reader takes no other from an older epoch. So a
+commit that was on its way while the fence was set counts or does not, but never comes to light afterwards, also where
+committers cannot be locked out; there a committer looks at the fence again before it says that it is done.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import logging
 import os
+import random
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,8 +29,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from orch_drive.crash import crash_point
-from orch_drive.drafts import PREFIX as DRAFT
-from orch_drive.drafts import draft_in, sweep
+from orch_drive.drafts import PREFIX, draft_in, sweep
 from orch_drive.errors import (
     DriveConflict,
     DriveCorrupt,
@@ -33,7 +40,9 @@ from orch_drive.errors import (
 )
 from orch_drive.manifest import (
     KEEP,
+    NO_FENCE,
     Entry,
+    Fence,
     Manifest,
     ManifestIndex,
     TornManifest,
@@ -45,22 +54,46 @@ from orch_drive.manifest import (
     check_name,
     check_path,
     decode,
+    decode_fence,
     encode,
+    encode_fence,
     narrow,
 )
-from orch_drive.storage import Batch, LocalStorage, blob_key, hash_whole, open_storage
+from orch_drive.storage import (
+    Batch,
+    LocalStorage,
+    Tick,
+    blob_key,
+    folds_case,
+    hash_whole,
+    open_storage,
+    write_all,
+)
 
 __all__ = ["DriveStore"]
 
 log = logging.getLogger(__name__)
 
 _SMALL = 1 << 20
+_PART = 8 << 20
+_APPENDED = 64 << 10
+"""A file of at least this size that has grown is published by what was added."""
+_RESUMED = 32 << 20
+"""A file of at least this size is fetched so that an interrupted fetch can be gone on with."""
 _READ_TRIES = 5
 _COMMIT_TRIES = 50
 _GC_AGE = 24 * 3600.0
+_GC_LOOK = 3600.0
+_BROKEN = ".broken"
+_GC_MARK = "collected"
+"""Written by who looks for garbage, where one writer a day does."""
 
 Times = tuple[int, int, int]
+Progress = Callable[[int, int], None]
 Entries = list[Entry]
+Pieces = list[tuple[str, int]]
+Todo = list[tuple[str, Entry, Path]]
+Rows = list[tuple[Manifest, Entry, tuple[str, int]]]
 Manifests = list[Manifest]
 Names = list[str]
 Versions = list[VersionInfo]
@@ -77,9 +110,26 @@ class _Chain(msgspec.Struct):
     key: str
     versions: list[int]
     partial: bool = False
+    signature: Any = None
+    """Of the partial manifest, where the listing tells it."""
 
 
-Chains = list[_Chain]
+Chains = dict[tuple[str, str], _Chain]
+
+
+class _Look(msgspec.Struct):
+    """One look at the manifests of a storage."""
+
+    index: ManifestIndex
+    corrupt: dict[tuple[str, str], DriveCorrupt]
+    chains: Chains
+    fences: dict[str, tuple[Any, Fence]]
+    """component -> signature, fence"""
+    broken: set[str] = set()
+    """Blobs that a reader far away has found damaged or missing: they are sent again although manifests name them."""
+
+    def fence(self, component: str) -> Fence:
+        return self.fences[component][1] if component in self.fences else NO_FENCE
 
 
 class DriveStore:
@@ -92,10 +142,11 @@ class DriveStore:
     def __init__(self, base_url: str, drive_id: str) -> None:
         self.drive_id = drive_id
         self.storage = open_storage(drive_id if "://" in drive_id else f"{base_url.rstrip('/')}/{drive_id}")
-        self._parsed: dict[str, tuple[Any, Manifest | DriveCorrupt | None]] = {}
+        self._parsed: dict[str, tuple[Any, Manifest | Fence | DriveCorrupt | None]] = {}
         self._hints: dict[tuple[str, str, str], dict[str, Entry]] = {}
         self._placed: dict[str, tuple[tuple[int, ...], str]] = {}
         self._garbage: set[str] = set()
+        self._gc_look = 0.0
 
     @property
     def url(self) -> str:
@@ -108,20 +159,15 @@ class DriveStore:
 
         A path whose newest manifest is corrupt is left out, with a log line.
         """
-        index, _ = self._load(all_versions)
-        return index
+        return self._load(all_versions).index
 
     def manifests(self, *, all_versions: bool = False) -> Manifests:
         """The newest complete version of each published path; deleted paths left out unless `all_versions`."""
         if not all_versions:
             return [manifest for manifest in self.index().current() if not manifest.deleted]
         with self._explained("read"):
-            found = [
-                self._read(key)
-                for chain in self._chains()
-                for key in (self._key(chain.component, chain.key, version) for version in chain.versions)
-            ]
-        return [manifest for manifest in found if isinstance(manifest, Manifest)]
+            found = [manifest for _, _, manifest in self._valid(self._look(self.storage.listing("manifests")))]
+        return [manifest for manifest in found if isinstance(manifest, Manifest) and not manifest.partial]
 
     def owners(self, path: str) -> Names:
         """The components that publish the path."""
@@ -137,14 +183,14 @@ class DriveStore:
         Raises DriveAmbiguous naming the owners, DriveCorrupt if its newest manifest cannot be read.
         """
         path = check_path(path)
-        index, corrupt = self._load(all_versions=version is not None)
-        for (owner, key), error in corrupt.items() if version is None else ():
+        look = self._load(all_versions=version is not None)
+        for (owner, key), error in look.corrupt.items() if version is None else ():
             where = chain_path(key)
             if component is not None and owner != check_component(component):
                 continue
             if where is None or where in ancestors(path) or path in ancestors(where):
                 raise error
-        return index.resolve(path, component=component, version=version, partial=partial)
+        return look.index.resolve(path, component=component, version=version, partial=partial)
 
     def versions(self, path: str, *, component: str | None = None, partial: bool = False) -> Versions:
         """The complete versions that hold the path, oldest first, at most the last 10 of each published path."""
@@ -154,43 +200,56 @@ class DriveStore:
         """See ManifestIndex.list."""
         return self.index().list(path, component=component, recursive=recursive)
 
-    def _chains(self) -> Chains:
-        chains: dict[tuple[str, str], _Chain] = {}
-        keys = self.storage.keys("manifests")
-        for gone in set(self._parsed).difference(keys):
-            self._parsed.pop(gone, None)
-        for key in keys:
-            parts = key.split("/")
-            if len(parts) != 4:
-                continue
-            _, component, name, file = parts
-            chain = chains.setdefault((component, name), _Chain(component, name, []))
-            if file == "partial.json":
-                chain.partial = True
-            elif file.endswith(".json") and file[:-5].isdigit():
-                chain.versions.append(int(file[:-5]))
-        for chain in chains.values():
-            chain.versions.sort()
-        return list(chains.values())
-
     @staticmethod
     def _key(component: str, name: str, version: int | None) -> str:
         return f"manifests/{component}/{name}/" + ("partial.json" if version is None else f"{version:08d}.json")
 
-    def _read(self, key: str) -> Manifest | DriveCorrupt | None:
-        """The manifest, or why there is none: corrupt, or None for a torn one and one that is gone."""
-        replaced = key.endswith("/partial.json")
+    def _look(self, listed: dict[str, Any]) -> _Look:
+        """What a listing of manifests says; none but the fences are read."""
+        look = _Look(ManifestIndex(), {}, {}, {}, set())
+        for key, signature in listed.items():
+            parts = key.split("/")
+            if len(parts) == 3 and parts[2] == ".fence":
+                try:
+                    found = self._read(key, signature)
+                except FileNotFoundError:
+                    continue
+                if isinstance(found, Fence):
+                    look.fences[parts[1]] = (self._parsed[key][0], found)
+            elif len(parts) == 3 and parts[1] == _BROKEN:
+                look.broken.add(parts[2])
+            if len(parts) != 4:
+                continue
+            _, component, name, file = parts
+            chain = look.chains.setdefault((component, name), _Chain(component, name, []))
+            if file == "partial.json":
+                chain.partial, chain.signature = True, signature
+            elif file.endswith(".json") and file[:-5].isdigit():
+                chain.versions.append(int(file[:-5]))
+        for chain in look.chains.values():
+            chain.versions.sort()
+        return look
+
+    def _read(self, key: str, signature: Any = None) -> Manifest | Fence | DriveCorrupt | None:
+        """The manifest or fence, or why there is none: corrupt, or None for a torn one and one that is gone."""
         try:
-            signature = self.storage.signature(key) if replaced else None
+            if key.endswith(("/partial.json", "/.fence")) and signature is None:
+                signature = self.storage.signature(key)
             if key in self._parsed and self._parsed[key][0] == signature:
                 return self._parsed[key][1]
             data = self.storage.read(key)
         except FileNotFoundError:
             self._parsed.pop(key, None)
             return None
-        found: Manifest | DriveCorrupt | None
+        return self._parse(key, data, signature)
+
+    def _parse(self, key: str, data: bytes, signature: Any = None) -> Manifest | Fence | DriveCorrupt | None:
+        found: Manifest | Fence | DriveCorrupt | None
         try:
-            found = decode(data, name=f"{self.url}/{key}")
+            if key.endswith("/.fence"):
+                found = decode_fence(data)
+            else:
+                found = decode(data, name=f"{self.url}/{key}")
         except TornManifest:
             log.warning("%s/%s is cut off: it was never committed, the version before it counts", self.url, key)
             found = None
@@ -200,29 +259,63 @@ class DriveStore:
         self._parsed[key] = (signature, found)
         return found
 
-    def _load(self, all_versions: bool = False) -> tuple[ManifestIndex, dict[tuple[str, str], DriveCorrupt]]:
-        index = ManifestIndex()
-        corrupt: dict[tuple[str, str], DriveCorrupt] = {}
+    def _read_ahead(self, look: _Look, all_versions: bool) -> None:
+        """Far away, what is going to be read is asked for at once."""
+        if self.storage.near:
+            return
+        wanted = [
+            self._key(chain.component, chain.key, version)
+            for chain in look.chains.values()
+            for version in (chain.versions if all_versions else chain.versions[-1:])
+        ]
+        missing = [key for key in wanted if key not in self._parsed]
+        if len(missing) > 1:
+            for key, data in self.storage.read_many(missing):
+                if data is not None:
+                    self._parse(key, data)
+
+    def _read_chain(self, look: _Look, chain: _Chain, version: int | None) -> Manifest | DriveCorrupt | None:
+        """One manifest, if the component's fence lets it count."""
+        found = self._read(self._key(chain.component, chain.key, version), chain.signature if version is None else None)
+        if isinstance(found, Manifest) and not look.fence(chain.component).admits(chain.key, found):
+            return None
+        return found if not isinstance(found, Fence) else None
+
+    def _valid(self, look: _Look) -> Iterator[tuple[_Chain, int | None, Manifest | DriveCorrupt]]:
+        """Every manifest that counts; corrupt ones too."""
+        self._read_ahead(look, True)
+        for chain in look.chains.values():
+            for version in [*chain.versions, *([None] if chain.partial else [])]:
+                found = self._read_chain(look, chain, version)
+                if found is not None:
+                    yield chain, version, found
+
+    def _load(self, all_versions: bool = False) -> _Look:
         with self._explained("read"):
-            for chain in self._chains():
+            listed = self.storage.listing("manifests")
+            for gone in set(self._parsed).difference(listed):
+                self._parsed.pop(gone, None)
+            look = self._look(listed)
+            self._read_ahead(look, all_versions)
+            for chain in look.chains.values():
                 newest = True
                 for version in reversed(chain.versions):
-                    found = self._read(self._key(chain.component, chain.key, version))
+                    found = self._read_chain(look, chain, version)
                     if isinstance(found, Manifest):
-                        index.add(found)
+                        look.index.add(found)
                         newest = False
                         if not all_versions:
                             break
                     elif found is not None and newest:
-                        corrupt[chain.component, chain.key] = found
+                        look.corrupt[chain.component, chain.key] = found
                         newest = False
                         if not all_versions:
                             break
                 if chain.partial:
-                    found = self._read(self._key(chain.component, chain.key, None))
+                    found = self._read_chain(look, chain, None)
                     if isinstance(found, Manifest):
-                        index.add(found)
-        return index, corrupt
+                        look.index.add(found)
+        return look
 
     # ---- publish --------------------------------------------------------------------------------------------------
 
@@ -240,6 +333,7 @@ class DriveStore:
         cwd: str = "",
         previous: Manifest | None = None,
         root: Path | None = None,
+        progress: Progress | None = None,
     ) -> Manifest:
         """Publish a file or folder under `path`; returns the manifest that now counts (the old one if nothing changed).
 
@@ -248,6 +342,7 @@ class DriveStore:
         changing while it is read stays as it was (a complete version raises DriveConflict). `previous`: a manifest of
         this path whose unchanged files (size and times) need not be read again; by default the last one. `root`: links
         may not lead out of this folder (default: `source`, or its folder for a file). `epoch` 0 is not fenced.
+        `progress(done, total)`: told of bytes, those included that need not travel.
 
         Raises DriveNotFound (no source), DriveStaleEpoch, DriveConflict, DrivePathError, DriveUnavailable.
         """
@@ -271,13 +366,15 @@ class DriveStore:
 
         with self._explained("written to"):
             with self.storage.shared():
-                index, _ = self._load()
-                self._fence(index, component, path, epoch)
-                hint = self._hint(index, component, path, str(real), host, cwd, previous)
+                look = self._load()
+                self._check_epoch(look, component, path, epoch)
+                hint = self._hint(look.index, component, path, str(real), host, cwd, previous)
+                hint.named -= look.broken
+                tick = None if progress is None else _tally(progress, real)
                 if is_dir:
-                    entries = self._send_folder(real, limit, hint, partial)
+                    entries = self._send_folder(real, limit, hint, partial, tick)
                 else:
-                    entries = self._send_one(path, real, hint, partial)
+                    entries = self._send_one(path, real, hint, partial, tick)
                 draft = Manifest(
                     drive=self.drive_id,
                     component=component,
@@ -293,6 +390,8 @@ class DriveStore:
                     cwd=cwd,
                 )
                 manifest, committed = self._commit(draft, keep=is_dir and not sync)
+                if committed and not self.storage.locked:
+                    self._check_assumed(look, manifest, hint.assumed)
             self._hints[component, path, str(real)] = {entry.name: entry for entry in entries}
             if committed:
                 self._prune(component, path)
@@ -304,7 +403,7 @@ class DriveStore:
         with self._explained("written to"), self.storage.commit_lock():
             found = self._read(self._key(component, chain_key(path), None))
             if isinstance(found, Manifest):
-                self._garbage.update(entry.sha256 for entry in found.entries)
+                self._garbage.update(found.blobs)
             self.storage.remove(self._key(component, chain_key(path), None))
         self._collect()
 
@@ -318,7 +417,8 @@ class DriveStore:
         out: Manifests = []
         with self._explained("written to"):
             with self.storage.shared():
-                index, corrupt = self._load()
+                look = self._load()
+                index, corrupt = look.index, look.corrupt
                 below = [name for name in index.chains(component) if path in ancestors(name)]
                 lost = [chain_path(key) for owner, key in corrupt if owner == component]
                 if not index.view(component, partial=True).holds(path) and path not in lost:
@@ -343,13 +443,71 @@ class DriveStore:
                 self._prune(component, manifest.path)
         return out
 
-    def _fence(self, index: ManifestIndex, component: str, path: str, epoch: int) -> int:
+    def fence(self, component: str, epoch: int) -> None:
+        """From now on nothing more is accepted from incarnations of this component with a lower epoch, at any path.
+
+        What they have published stays. Call it before a new incarnation starts, once for each Drive that it uses;
+        asking again costs one look. Raises DriveStaleEpoch if there has been a newer one already.
+        """
+        component = check_component(component)
+        key = f"manifests/{component}/.fence"
+        with self._explained("written to"):
+            for _ in range(_COMMIT_TRIES):
+                found = self._read(key)
+                if isinstance(found, Fence) and found.epoch >= epoch:
+                    if found.epoch > epoch:
+                        raise DriveStaleEpoch(
+                            f"{component} is fenced at epoch {found.epoch}; epoch {epoch} has been replaced"
+                        )
+                    return
+                with self.storage.commit_lock():
+                    look = self._look(self.storage.listing(f"manifests/{component}"))
+                    seen, old = look.fences.get(component, (None, NO_FENCE))
+                    if old.epoch >= epoch:
+                        continue
+                    new = self._fence_of(look, epoch)
+                    # Without fsync: after a power cut no older incarnation is alive on this machine.
+                    if not self.storage.replace(key, encode_fence(new), seen, durable=False):
+                        continue
+                    if not self.storage.locked:
+                        self._renew_partials(look)
+                return
+        raise DriveConflict(f"{component} is being fenced by too many at once", hint="try again")
+
+    def _fence_of(self, look: _Look, epoch: int) -> Fence:
+        """A fence behind what counts now. Manifests that an older fence has shut out stay shut out."""
+        heads: dict[str, int] = {}
+        partials: dict[str, int] = {}
+        void: dict[str, list[int]] = {}
+        self._read_ahead(look, True)
+        for chain in look.chains.values():
+            if chain.versions:
+                heads[chain.key] = chain.versions[-1]
+            for version in chain.versions:
+                found = self._read(self._key(chain.component, chain.key, version))
+                if isinstance(found, Manifest) and not look.fence(chain.component).admits(chain.key, found):
+                    void.setdefault(chain.key, []).append(version)
+            unfinished = self._read_chain(look, chain, None) if chain.partial else None
+            if isinstance(unfinished, Manifest):
+                partials[chain.key] = unfinished.serial
+        return Fence(epoch=epoch, heads=heads, partials=partials, void=void)
+
+    def _renew_partials(self, look: _Look) -> None:
+        """Write what is unfinished once more: the write of a stale epoch that is on its way then finds another object
+        than it has seen."""
+        for chain in look.chains.values():
+            found = self._read_chain(look, chain, None) if chain.partial else None
+            if isinstance(found, Manifest):
+                again = encode(msgspec.structs.replace(found, at=time.time()))
+                self.storage.replace(self._key(chain.component, chain.key, None), again, chain.signature)
+
+    def _check_epoch(self, look: _Look, component: str, path: str, epoch: int) -> int:
         """The epoch to record. Raises DriveStaleEpoch."""
-        seen = (index.chains(component).get(path), index.partial(component, path))
-        newest = max((manifest.epoch for manifest in seen if manifest is not None), default=0)
+        newest = max(look.index.last_epoch(component), look.fence(component).epoch)
         if epoch and epoch < newest:
             raise DriveStaleEpoch(
-                f"{component} has published {path!r} in epoch {newest}; a write of epoch {epoch} is refused"
+                f"{component} is in epoch {newest}; a write of epoch {epoch} to {path!r} is refused",
+                hint="a newer incarnation of it has taken over",
             )
         return max(epoch, newest)
 
@@ -373,16 +531,19 @@ class DriveStore:
                 trusted.update((entry.name, entry) for entry in manifest.entries)
         if mine is not None:
             trusted.update(mine)
-        return _Hint(base, trusted)
+        named: set[str] = set()
+        if not self.storage.near:
+            named.update(*(manifest.blobs for manifest in index.counting(component)))
+        return _Hint(base, trusted, named)
 
-    def _send_folder(self, source: Path, limit: str, hint: _Hint, partial: bool) -> Entries:
+    def _send_folder(self, source: Path, limit: str, hint: _Hint, partial: bool, tick: Tick | None = None) -> Entries:
         for attempt in range(_READ_TRIES):
             entries: Entries = []
             unstable = ""
-            with self._batch() as batch:
+            with self._batch(tick) as batch:
                 for name, file in _walk(source, limit):
                     try:
-                        entries.append(self._send(name, file, hint, batch))
+                        entries.append(self._send(name, file, hint, batch, partial, tick))
                     except FileNotFoundError:
                         if partial and name in hint.base:
                             entries.append(hint.base[name])
@@ -398,11 +559,11 @@ class DriveStore:
             f"{source}/{unstable} keeps changing while it is read", hint="publish it when it is finished"
         )
 
-    def _send_one(self, path: str, file: Path, hint: _Hint, partial: bool) -> Entries:
+    def _send_one(self, path: str, file: Path, hint: _Hint, partial: bool, tick: Tick | None = None) -> Entries:
         name = path.rpartition("/")[2]
         try:
-            with self._batch() as batch:
-                return [self._send(name, file, hint, batch)]
+            with self._batch(tick) as batch:
+                return [self._send(name, file, hint, batch, partial, tick)]
         except (FileNotFoundError, _Changing) as exc:
             if partial and name in hint.base:
                 return [hint.base[name]]
@@ -413,29 +574,39 @@ class DriveStore:
             ) from exc
 
     @contextmanager
-    def _batch(self) -> Iterator[Batch]:
-        batch = self.storage.batch()
+    def _batch(self, tick: Tick | None = None) -> Iterator[Batch]:
+        batch = self.storage.batch(tick)
         try:
             yield batch
             batch.flush()
         finally:
             batch.abort()
 
-    def _send(self, name: str, file: Path, hint: _Hint, batch: Batch) -> Entry:
+    def _send(
+        self, name: str, file: Path, hint: _Hint, batch: Batch, partial: bool = False, tick: Tick | None = None
+    ) -> Entry:
         """The entry of one file, its bytes on their way. Raises FileNotFoundError, _Changing."""
         known = hint.trusted.get(name)
-        if known is not None and known.ctime_ns:
+        if known is not None and known.ctime_ns and (partial or not known.parts):
             status = os.stat(file)
             executable = bool(status.st_mode & 0o100)
-            if (known.size, known.mtime_ns, known.ctime_ns, known.executable) == (*_times(status), executable) and (
-                not self.storage.near or self.storage.size(blob_key(known.sha256)) == known.size
+            if (known.size, known.mtime_ns, known.ctime_ns, known.executable) == (*_times(status), executable) and all(
+                self._kept(sha256, size, hint) for sha256, size in known.pieces
             ):
+                if tick is not None:
+                    tick(known.size)
                 return known
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             for _ in range(_READ_TRIES):
                 before = os.fstat(fd)
-                sha256 = self._send_bytes(fd, before.st_size, hint.base.get(name), batch)
+                sha256, parts = "", None
+                base = hint.base.get(name)
+                if partial and base is not None and _APPENDED <= base.size < before.st_size:
+                    sha256, parts = self._send_rest(fd, before.st_size, base, hint, batch)
+                if not sha256:
+                    parts = None
+                    sha256 = self._send_bytes(fd, before.st_size, base, hint, batch, tick)
                 after = os.fstat(fd)
                 if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and sha256:
                     break
@@ -450,29 +621,65 @@ class DriveStore:
             mtime_ns=before.st_mtime_ns,
             ctime_ns=0 if _racy(before) else before.st_ctime_ns,
             executable=bool(before.st_mode & 0o100),
+            parts=parts or [],
         )
 
-    def _send_bytes(self, fd: int, size: int, known: Entry | None, batch: Batch) -> str:
-        """The checksum of what the storage now has (or will have after the batch); empty if the file was cut off."""
+    def _send_bytes(
+        self, fd: int, size: int, known: Entry | None, hint: _Hint, batch: Batch, tick: Tick | None = None
+    ) -> str:
+        """The checksum of what the storage now has (or will have after the batch); empty if the file has changed."""
         if size <= _SMALL:
             data = os.pread(fd, size + 1, 0)
             if len(data) != size:
                 return ""
             sha256 = hashlib.sha256(data).hexdigest()
-            if not self._has(sha256, size, known):
+            if not self._kept(sha256, size, hint):
                 batch.add_bytes(sha256, data)
+            elif tick is not None:
+                tick(size)
             return sha256
-        if known is not None and known.size == size:  # probably the same: look before it is sent
+        sha256 = ""
+        if (known is not None and known.size == size) or not self.storage.near:
+            # probably the same, or a long way: look before it is sent
             sha256 = hash_whole(fd)
-            if self._has(sha256, size, known):
+            if self._kept(sha256, size, hint):
+                if tick is not None:
+                    tick(size)
                 return sha256
-        return batch.add_file(fd)
+        return batch.add_file(fd, sha256)
 
-    def _has(self, sha256: str, size: int, known: Entry | None) -> bool:
+    def _send_rest(self, fd: int, size: int, known: Entry, hint: _Hint, batch: Batch) -> tuple[str, Pieces | None]:
+        """Of a file that has grown only what was added is sent, together with what was added last as long as that is
+        not larger: so there are few parts, and no byte is sent often. Nothing if it has changed otherwise, too."""
+        digest = hashlib.sha256()
+        _hash_range(fd, 0, known.size, digest)
+        if digest.copy().hexdigest() != known.sha256 or not all(
+            self._kept(sha256, length, hint) for sha256, length in known.pieces
+        ):
+            return "", None
+        _hash_range(fd, known.size, size - known.size, digest)
+        parts, start = list(known.pieces), known.size
+        while len(parts) > 1 and parts[-1][1] <= size - start:
+            start -= parts.pop()[1]
+        while start < size:
+            data = os.pread(fd, min(_PART, size - start), start)
+            if not data:
+                return "", None
+            sha256 = hashlib.sha256(data).hexdigest()
+            if not self._kept(sha256, len(data), hint):
+                batch.add_bytes(sha256, data)
+            parts.append((sha256, len(data)))
+            start += len(data)
+        return digest.hexdigest(), parts
+
+    def _kept(self, sha256: str, size: int, hint: _Hint) -> bool:
+        """Whether the storage has the blob, and no collector is about to take it."""
+        if not self.storage.near:
+            return hint.assume(sha256)
         key = blob_key(sha256)
         if self.storage.size(key) != size:
             return False
-        if isinstance(self.storage, LocalStorage) or (known is not None and known.sha256 == sha256):
+        if isinstance(self.storage, LocalStorage):
             return True
         # Without locks an old blob that no manifest names may be collected at this moment: send it again.
         when = self.storage.modified(key)
@@ -481,13 +688,16 @@ class DriveStore:
     def _commit(self, draft: Manifest, *, keep: bool) -> tuple[Manifest, bool]:
         """Create the next manifest of the draft's path, unless it would say nothing new: then the one that counts.
 
-        Raises DriveConflict if other writers were faster again and again.
+        Raises DriveStaleEpoch, and DriveConflict if other writers were faster again and again.
         """
         component, path, name = draft.component, draft.path, chain_key(draft.path)
-        for _ in range(_COMMIT_TRIES):
+        for turn in range(_COMMIT_TRIES):
+            if turn and not self.storage.locked:
+                time.sleep(random.uniform(0, 0.02 * min(turn, 10)))  # writers that were in each other's way part
             with self.storage.commit_lock():
-                index, _ = self._load()
-                epoch = self._fence(index, component, path, draft.epoch)
+                look = self._load()
+                index, chain = look.index, look.chains.get((component, name), _Chain(component, name, []))
+                epoch = self._check_epoch(look, component, path, draft.epoch)
                 newest = index.chains(component).get(path)
                 unfinished = index.partial(component, path)
                 view = index.view(component, draft.partial).at(path)
@@ -496,7 +706,8 @@ class DriveStore:
                     entries = _merged(view.entries, entries)
                 manifest = msgspec.structs.replace(
                     draft,
-                    version=1 + self._last_version(component, name),
+                    # torn, corrupt and shut out manifests have their numbers too
+                    version=1 + max(chain.versions, default=0),
                     serial=1 + index.last_serial(component),
                     epoch=epoch,
                     at=time.time(),
@@ -506,22 +717,56 @@ class DriveStore:
                 if current is not None and view is current and _unchanged(current, manifest):
                     if draft.partial or unfinished is None:
                         return current, False
+                key = self._key(component, name, None if draft.partial else manifest.version)
                 if draft.partial:
-                    self.storage.replace(self._key(component, name, None), encode(manifest))
-                elif not self.storage.create(self._key(component, name, manifest.version), encode(manifest)):
+                    done = self.storage.replace(key, encode(manifest), chain.signature)
+                else:
+                    done = self.storage.create(key, encode(manifest))
+                if not done:
                     continue
-                elif unfinished is not None:
+                if not self.storage.locked:
+                    self._check_fence(manifest, draft.epoch, key)
+                if unfinished is not None and not draft.partial:
                     self.storage.remove(self._key(component, name, None))
                 if unfinished is not None:
-                    self._garbage.update(entry.sha256 for entry in unfinished.entries)
+                    self._garbage.update(unfinished.blobs)
                 return manifest, True
         raise DriveConflict(f"{path!r} is being published by too many writers at once", hint="try again")
 
-    def _last_version(self, component: str, name: str) -> int:
-        """The highest number taken; torn and corrupt manifests count too."""
-        keys = self.storage.keys(f"manifests/{component}/{name}")
-        numbers = [key.rpartition("/")[2].removesuffix(".json") for key in keys]
-        return max((int(number) for number in numbers if number.isdigit()), default=0)
+    def _check_fence(self, manifest: Manifest, epoch: int, key: str) -> None:
+        """A fence may have been set between the look and the commit: then it decides which of the two came first."""
+        if not epoch:
+            return
+        found = self._read(f"manifests/{manifest.component}/.fence")
+        written = msgspec.structs.replace(manifest, epoch=epoch)
+        if isinstance(found, Fence) and not found.admits(chain_key(manifest.path), written):
+            self.storage.remove(key)
+            raise DriveStaleEpoch(
+                f"{manifest.component} has been fenced at epoch {found.epoch}; a write of epoch {epoch} to "
+                f"{manifest.path!r} is refused",
+                hint="a newer incarnation of it has taken over",
+            )
+
+    def _check_assumed(self, look: _Look, manifest: Manifest, assumed: set[str]) -> None:
+        """Blobs that were not sent, because a manifest named them when the publish began: if that manifest is still
+        there, now that ours names them too, no collector can have taken them. Else they are looked at."""
+        if not assumed:
+            return
+        relied = [
+            self._key(m.component, chain_key(m.path), None if m.partial else m.version)
+            for m in look.index.counting(manifest.component)
+            if not assumed.isdisjoint(m.blobs)
+        ]
+        there = self.storage.listing(f"manifests/{manifest.component}")
+        if all(key in there and not key.endswith("/partial.json") for key in relied):
+            return
+        for sha256 in assumed:
+            if self.storage.size(blob_key(sha256)) is None:
+                self._hints.clear()
+                raise DriveConflict(
+                    f"{manifest.path!r}: bytes that had been published before were removed meanwhile",
+                    hint="publish it again",
+                )
 
     # ---- fetch ----------------------------------------------------------------------------------------------------
 
@@ -533,13 +778,15 @@ class DriveStore:
         subpath: str | None = None,
         overwrite: bool = True,
         skip: Callable[[str], bool] | None = None,
+        progress: Progress | None = None,
     ) -> Names:
         """Put a version's files at `dest`, which is the place of the manifest's path itself (a file, or the folder).
 
         Only what differs is written, each file verified and then renamed into place; other files stay. `subpath`: only
-        that part of the manifest, `dest` being its place. `skip(name)`: leave that file alone. Returns the names that
-        were written, as in the manifest. With `overwrite=False` a local file that differs raises DriveConflict before
-        anything is written. Raises DriveNotFound (no such subpath; a version that is no longer kept), DriveCorrupt.
+        that part of the manifest, `dest` being its place. `skip(name)`: leave that file alone. `progress(done, total)`:
+        told of the bytes that are written. Returns the names that were written, as in the manifest. With
+        `overwrite=False` a local file that differs raises DriveConflict before anything is written. Raises
+        DriveNotFound (no such subpath; a version that is no longer kept), DriveCorrupt, DriveUnavailable (no room).
         """
         dest = Path(dest)
         cut = manifest
@@ -552,7 +799,7 @@ class DriveStore:
         prefix = cut.path[len(manifest.path) + 1 :] if manifest.path != "." else cut.path
         written: list[str] = []
         with self._explained("read"), self.storage.shared():
-            todo: list[tuple[str, Entry, Path]] = []
+            todo: Todo = []
             folders: dict[str, bool] = {}
             for entry in cut.entries:
                 check_name(entry.name)
@@ -566,40 +813,88 @@ class DriveStore:
                     _refuse_leaving(target.parent, dest, folders)
                 if not self._identical(target, entry, overwrite):
                     todo.append((name, entry, target))
+            _refuse_impossible([(entry, target) for _, entry, target in todo], cut, dest)
             if cut.is_dir:
                 dest.mkdir(parents=True, exist_ok=True)
             for folder in {target.parent for _, _, target in todo}:
                 sweep(folder)
-            for name, entry, target in todo:
-                self._fetch_one(cut, entry, target)
+            tick = None if progress is None else _counter(progress, sum(entry.size for _, entry, _ in todo))
+            for (name, entry, target), data in self._arrivals(cut, todo):
+                self._fetch_one(cut, entry, target, data, tick)
                 written.append(name)
         return written
 
-    def _fetch_one(self, manifest: Manifest, entry: Entry, target: Path) -> None:
+    def _arrivals(self, manifest: Manifest, todo: Todo) -> Iterator[tuple[tuple[str, Entry, Path], bytes | None]]:
+        """What is to be written, the bytes of small files with it where asking for several at once pays."""
+        small = [] if self.storage.near else [row for row in todo if row[1].size <= _SMALL and not row[1].parts]
+        if len(small) > 1:
+            keys = [blob_key(entry.sha256) for _, entry, _ in small]
+            for row, (_, data) in zip(small, self.storage.read_many(keys), strict=True):
+                if data is None:
+                    raise self._bytes_gone(manifest, row[1])
+                yield row, data
+        else:
+            small = []
+        taken = {row[0] for row in small}
+        for row in todo:
+            if row[0] not in taken:
+                yield row, None
+
+    def _fetch_one(self, manifest: Manifest, entry: Entry, target: Path, data: bytes | None, tick: Tick | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        tmp = draft_in(target.parent)
-        mode = 0o777 if entry.executable else 0o666
-        fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            try:
-                try:
-                    sha256 = self.storage.fetch(blob_key(entry.sha256), fd)
-                except FileNotFoundError:
-                    raise self._bytes_gone(manifest, entry) from None
-                if sha256 != entry.sha256:
-                    raise self._bytes_wrong(manifest, entry)
-                if entry.mtime_ns:
-                    os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
-            finally:
-                os.close(fd)
+        with _beside(target, entry, resumed=not self.storage.near) as (tmp, fd):
+            if data is not None:
+                sha256 = hashlib.sha256(data).hexdigest()
+                if len(data) == entry.size and sha256 == entry.sha256:
+                    write_all(fd, data)
+                if tick is not None:
+                    tick(len(data))
+            else:
+                sha256 = self._fetch_blobs(manifest, entry, target, fd, tick)
+            if sha256 != entry.sha256:
+                raise self._bytes_wrong(manifest, entry)
+            if entry.mtime_ns:
+                os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
             crash_point("drive.file.written")
             os.rename(tmp, target)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(tmp)
-            raise
         crash_point("drive.file.renamed")
         self._remember(target, os.stat(target, follow_symlinks=False), entry.sha256)
+
+    def _fetch_blobs(self, manifest: Manifest, entry: Entry, target: Path, fd: int, tick: Tick | None) -> str:
+        try:
+            if entry.parts:
+                return self._fetch_parts(entry, target, fd, tick)
+            begun = os.fstat(fd).st_size
+            sha256 = self.storage.fetch(blob_key(entry.sha256), fd, entry.size, tick)
+            if begun and sha256 != entry.sha256:  # what an earlier fetch had left was no beginning of it
+                os.ftruncate(fd, 0)
+                sha256 = self.storage.fetch(blob_key(entry.sha256), fd, entry.size)
+            return sha256
+        except FileNotFoundError:
+            raise self._bytes_gone(manifest, entry) from None
+        except DriveCorrupt:
+            raise self._bytes_wrong(manifest, entry) from None
+
+    def _fetch_parts(self, entry: Entry, target: Path, fd: int, tick: Tick | None) -> str:
+        """A file that grows: the parts that the file at its place has already are taken from there."""
+        digest = hashlib.sha256()
+        os.ftruncate(fd, 0)
+        os.lseek(fd, 0, os.SEEK_SET)
+        offset = 0
+        for sha256, size in entry.parts:
+            piece = _piece_of(target, offset, size, sha256)
+            if piece is None:
+                with self.storage.open_checked(blob_key(sha256), sha256, size) as file:
+                    while data := file.read(_SMALL):
+                        digest.update(data)
+                        write_all(fd, data)
+            else:
+                digest.update(piece)
+                write_all(fd, piece)
+            if tick is not None:
+                tick(size)
+            offset += size
+        return digest.hexdigest()
 
     def _identical(self, target: Path, entry: Entry, overwrite: bool) -> bool:
         """Whether the local file is what the entry says. Raises DriveConflict if it may not be replaced."""
@@ -637,11 +932,33 @@ class DriveStore:
             raise DriveNotFound(f"{manifest.path!r} version {manifest.version} has no file {name or ''!r}")
         with self._explained("read"), self.storage.shared():
             try:
-                return self.storage.open_checked(blob_key(entry.sha256), entry.sha256)
+                if entry.parts:
+                    return self._joined(entry)
+                return self.storage.open_checked(blob_key(entry.sha256), entry.sha256, entry.size)
             except FileNotFoundError:
                 raise self._bytes_gone(manifest, entry) from None
             except DriveCorrupt:
                 raise self._bytes_wrong(manifest, entry) from None
+
+    def _joined(self, entry: Entry) -> BinaryIO:
+        file = tempfile.TemporaryFile()
+        try:
+            if self._fetch_parts(entry, Path(os.devnull), file.fileno(), None) != entry.sha256:
+                raise DriveCorrupt(f"{entry.name} does not match its checksum")
+            file.seek(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def link(self, manifest: Manifest, *, seconds: int = 3600) -> str | None:
+        """A URL that gives the file of this manifest to whoever has it, for that long. None where the storage has no
+        such thing (only buckets have), and for a folder or an unfinished file that grows."""
+        if manifest.is_dir or manifest.entries[0].parts:
+            return None
+        name = manifest.path.rpartition("/")[2]
+        with self._explained("read"):
+            return self.storage.link(blob_key(manifest.entries[0].sha256), seconds=seconds, filename=name)
 
     def read_bytes(
         self, path: str, *, component: str | None = None, version: int | None = None, partial: bool = False
@@ -655,7 +972,14 @@ class DriveStore:
         with self.open(manifest) as file:
             return file.read()
 
-    def verify(self, path: str, *, component: str | None = None, version: int | None = None) -> int:
+    def verify(
+        self,
+        path: str,
+        *,
+        component: str | None = None,
+        version: int | None = None,
+        progress: Progress | None = None,
+    ) -> int:
         """Read every byte at or below the path (of every owner, unless `component` says whose) and compare checksums.
 
         Returns the number of files. Raises DriveCorrupt naming the first file that does not match, DriveNotFound.
@@ -667,31 +991,61 @@ class DriveStore:
             self.resolve(path, component=component, version=version)  # a corrupt manifest has no owner
             raise self.index().missing(check_path(path), component)
         count = 0
-        with self._explained("read"), self.storage.shared(), open(os.devnull, "r+b") as sink:
-            for manifest in manifests:
-                for entry in manifest.entries:
-                    try:
-                        if self._hash_blob(entry, sink.fileno()) != entry.sha256:
-                            raise self._bytes_wrong(manifest, entry)
-                    except FileNotFoundError:
-                        raise self._bytes_gone(manifest, entry) from None
-                    count += 1
+        with self._explained("read"), self.storage.shared():
+            rows = [
+                (manifest, entry, piece)
+                for manifest in manifests
+                for entry in manifest.entries
+                for piece in entry.pieces
+            ]
+            tick = None if progress is None else _counter(progress, sum(size for _, _, (_, size) in rows))
+            for manifest, entry, right in self._hashes(rows):
+                if right is None:
+                    raise self._bytes_gone(manifest, entry)
+                if not right:
+                    raise self._bytes_wrong(manifest, entry)
+                if tick is not None:
+                    tick(entry.size)
+            count = sum(len(manifest.entries) for manifest in manifests)
         return count
 
-    def _hash_blob(self, entry: Entry, sink: int) -> str:
-        if isinstance(self.storage, LocalStorage):
-            with open(self.storage.path(blob_key(entry.sha256)), "rb") as file:
-                return hash_whole(file.fileno())
-        return self.storage.fetch(blob_key(entry.sha256), sink)
+    def _hashes(self, rows: Rows) -> Iterator[tuple[Manifest, Entry, bool | None]]:
+        """Whether each blob is what it shall be; None if it is missing."""
+        small = [] if self.storage.near else [row for row in rows if row[2][1] <= _SMALL]
+        for (manifest, entry, (sha256, _)), (_, data) in zip(
+            small, self.storage.read_many([blob_key(row[2][0]) for row in small]), strict=True
+        ):
+            yield manifest, entry, None if data is None else hashlib.sha256(data).hexdigest() == sha256
+        for manifest, entry, (sha256, size) in rows:
+            if self.storage.near or size > _SMALL:
+                try:
+                    yield manifest, entry, self.storage.digest(blob_key(sha256), size) == sha256
+                except FileNotFoundError:
+                    yield manifest, entry, None
+                except DriveCorrupt:
+                    yield manifest, entry, False
 
     def _bytes_wrong(self, manifest: Manifest, entry: Entry) -> DriveCorrupt:
         # Out of the way, so that publishing the file again brings good bytes; the bad ones stay for a look.
-        self.storage.set_aside(blob_key(entry.sha256), f"corrupt/{entry.sha256}")
+        self._hints.clear()
+        for sha256, size in entry.pieces:
+            with suppress(FileNotFoundError):
+                try:
+                    good = self.storage.digest(blob_key(sha256), size) == sha256
+                except DriveCorrupt:
+                    good = False
+                if not good:
+                    self.storage.set_aside(blob_key(sha256), f"corrupt/{sha256}")
+                    self._tell_broken(sha256)
         return DriveCorrupt(
             f"the bytes of {manifest.drive_path(entry)!r} ({manifest.component}, version {manifest.version}) "
             "do not match their checksum",
             hint=f"publish it again; the damaged bytes are in {self.url}/corrupt/{entry.sha256}",
         )
+
+    def _tell_broken(self, sha256: str) -> None:
+        if not self.storage.near:
+            self.storage.create(f"manifests/{_BROKEN}/{sha256}", b"")
 
     def _bytes_gone(self, manifest: Manifest, entry: Entry) -> DriveNotFound | DriveCorrupt:
         name, chain = manifest.within or manifest.path, chain_key(manifest.within or manifest.path)
@@ -704,6 +1058,9 @@ class DriveStore:
             return DriveNotFound(
                 f"version {manifest.version} of {name!r} has been replaced meanwhile", hint="ask again"
             )
+        for sha256, size in entry.pieces:
+            if self.storage.size(blob_key(sha256)) != size:
+                self._tell_broken(sha256)
         return DriveCorrupt(
             f"the bytes of {manifest.drive_path(entry)!r} ({manifest.component}, version {manifest.version}) "
             "are missing",
@@ -716,30 +1073,52 @@ class DriveStore:
         """Drop the manifests of one path that are no longer kept, then the blobs that only they named."""
         name = chain_key(path)
         with self.storage.commit_lock():
-            for chain in self._chains():
-                if (chain.component, chain.key) != (component, name):
-                    continue
-                found = {v: self._read(self._key(component, name, v)) for v in chain.versions}
-                good = [v for v, manifest in found.items() if isinstance(manifest, Manifest)]
-                tombs = [v for v, manifest in found.items() if isinstance(manifest, Manifest) and manifest.deleted]
-                oldest = max(good[-KEEP] if len(good) >= KEEP else 0, tombs[-1] if tombs else 0)
-                for version, manifest in found.items():
-                    if version < oldest:
-                        if isinstance(manifest, Manifest):
-                            self._garbage.update(entry.sha256 for entry in manifest.entries)
-                        self.storage.remove(self._key(component, name, version))
-                        self._parsed.pop(self._key(component, name, version), None)
-                        crash_point("drive.prune.manifest")
-                newest = found[good[-1]] if good else None
-                partial = self._read(self._key(component, name, None)) if chain.partial else None
-                if isinstance(partial, Manifest) and isinstance(newest, Manifest) and partial.serial < newest.serial:
-                    self._garbage.update(entry.sha256 for entry in partial.entries)
-                    self.storage.remove(self._key(component, name, None))
+            look = self._look(self.storage.listing(f"manifests/{component}"))
+            chain = look.chains.get((component, name))
+            if chain is not None and (len(chain.versions) > KEEP or chain.partial or self._ends(look, chain)):
+                self._prune_chain(look, chain)
         self._collect()
 
+    def _ends(self, look: _Look, chain: _Chain) -> bool:
+        newest = self._read_chain(look, chain, chain.versions[-1]) if chain.versions else None
+        return isinstance(newest, Manifest) and newest.deleted
+
+    def _prune_chain(self, look: _Look, chain: _Chain) -> None:
+        component, name = chain.component, chain.key
+        found = {v: self._read_chain(look, chain, v) for v in chain.versions}
+        good = [v for v, manifest in found.items() if isinstance(manifest, Manifest)]
+        tombs = [v for v, manifest in found.items() if isinstance(manifest, Manifest) and manifest.deleted]
+        oldest = max(good[-KEEP] if len(good) >= KEEP else 0, tombs[-1] if tombs else 0)
+        for version, manifest in found.items():
+            if version < oldest:
+                if isinstance(manifest, Manifest):
+                    self._garbage.update(manifest.blobs)
+                self.storage.remove(self._key(component, name, version))
+                self._parsed.pop(self._key(component, name, version), None)
+                crash_point("drive.prune.manifest")
+        newest = found[good[-1]] if good else None
+        partial = self._read_chain(look, chain, None) if chain.partial else None
+        if isinstance(partial, Manifest) and isinstance(newest, Manifest) and partial.serial < newest.serial:
+            self._garbage.update(partial.blobs)
+            self.storage.remove(self._key(component, name, None))
+
     def _collect(self) -> None:
-        if self._garbage:
-            self._remove_blobs(set(self._garbage), _GC_AGE)
+        """After a publish. Where nothing can be locked what became garbage just now is too young to be removed: there
+        one writer a day looks for all of it."""
+        if isinstance(self.storage, LocalStorage):
+            if self._garbage:
+                self._remove_blobs(set(self._garbage), _GC_AGE)
+            return
+        self._garbage.clear()
+        if time.monotonic() < self._gc_look:
+            return
+        self._gc_look = time.monotonic() + _GC_LOOK
+        last = self.storage.modified(_GC_MARK)
+        if last is not None and time.time() - last < _GC_AGE:
+            return
+        seen = self.storage.signature(_GC_MARK) if last is not None else None
+        if self.storage.replace(_GC_MARK, f"{time.time()}".encode(), seen) and last is not None:
+            self.gc()
 
     def gc(self, *, min_age: float = _GC_AGE) -> int:
         """Remove every blob that no kept version names, and what interrupted writers left; returns the number of blobs.
@@ -748,43 +1127,42 @@ class DriveStore:
         only if it is older than `min_age` seconds, which must be longer than any publish takes.
         """
         with self._explained("written to"):
-            names = {key.rpartition("/")[2] for key in self.storage.keys("blobs")}
+            names = {key.rpartition("/")[2] for key in self.storage.listing("blobs")}
             return self._remove_blobs(names, min_age, sweep=True)
 
     def _remove_blobs(self, candidates: set[str], min_age: float, *, sweep: bool = False) -> int:
-        count = 0
         with self.storage.exclusive() as alone:
             if not alone and isinstance(self.storage, LocalStorage):
                 return 0
             if sweep:
                 self.storage.sweep()
+            if not alone:
+                horizon = time.time() - min_age
+                old = {key.rpartition("/")[2] for key, when in self.storage.ages("blobs").items() if when <= horizon}
+                candidates = candidates & old
+            if not candidates:
+                return 0
             live, certain = self._live()
             if not certain:
                 return 0
-            for sha256 in candidates - live:
-                key = blob_key(sha256)
-                if not alone:
-                    when = self.storage.modified(key)
-                    if when is not None and time.time() - when < min_age:
-                        continue
-                self.storage.remove(key)
+            dead = sorted(candidates - live)
+            if not alone:
+                self.storage.remove_many([blob_key(sha256) for sha256 in dead])
+            for sha256 in dead if alone else ():
+                self.storage.remove(blob_key(sha256))
                 crash_point("drive.prune.blob")
-                self._garbage.discard(sha256)
-                count += 1
-            self._garbage -= live
-        return count
+            self._garbage -= candidates
+        return len(dead)
 
     def _live(self) -> tuple[set[str], bool]:
         """The blobs that some manifest names; not certain if one cannot be read."""
         live: set[str] = set()
         certain = True
-        for chain in self._chains():
-            for version in [*chain.versions, *([None] if chain.partial else [])]:
-                found = self._read(self._key(chain.component, chain.key, version))
-                if isinstance(found, Manifest):
-                    live.update(entry.sha256 for entry in found.entries)
-                elif found is not None:
-                    certain = False
+        for _, _, found in self._valid(self._look(self.storage.listing("manifests"))):
+            if isinstance(found, Manifest):
+                live |= found.blobs
+            else:
+                certain = False
         return live, certain
 
     @contextmanager
@@ -806,14 +1184,119 @@ class DriveStore:
             ) from exc
 
 
+def _hash_range(fd: int, start: int, length: int, digest: Any) -> None:
+    while length > 0 and (data := os.pread(fd, min(length, 1 << 20), start)):
+        digest.update(data)
+        start += len(data)
+        length -= len(data)
+
+
+@contextmanager
+def _beside(target: Path, entry: Entry, *, resumed: bool) -> Iterator[tuple[Path, int]]:
+    """A file beside the target, to be renamed to it; gone at the end if it was not. Of a large one that comes a long
+    way the beginning is kept for the next fetch, unless somebody else is fetching the same."""
+    mode = 0o777 if entry.executable else 0o666
+    tmp = draft_in(target.parent)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    resumed = resumed and entry.size >= _RESUMED
+    if resumed:
+        kept = target.parent / (PREFIX + hashlib.sha256(f"{target.name}/{entry.sha256}".encode()).hexdigest()[:32])
+        fd = os.open(kept, flags, mode)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            resumed = False
+        else:
+            tmp = kept
+    if not resumed:
+        fd = os.open(tmp, flags | os.O_EXCL, mode)
+    try:
+        yield tmp, fd
+    except BaseException as exc:
+        if not resumed or isinstance(exc, (DriveCorrupt, DriveNotFound)):
+            with suppress(FileNotFoundError):
+                os.unlink(tmp)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _piece_of(file: Path, offset: int, size: int, sha256: str) -> bytes | None:
+    """These bytes, if the file has them there."""
+    if size > _PART:
+        return None
+    try:
+        with open(file, "rb") as source:
+            data = os.pread(source.fileno(), size, offset)
+    except OSError:
+        return None
+    return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+
+def _refuse_impossible(todo: list[tuple[Entry, Path]], manifest: Manifest, dest: Path) -> None:
+    """Raise, before anything is written, if the disk has no room for it, or takes two of its names for one."""
+    folder = dest
+    while not folder.is_dir():
+        folder = folder.parent
+    free = os.statvfs(folder)
+    need = sum(entry.size for entry, _ in todo)
+    if need > free.f_bavail * free.f_frsize:
+        raise DriveUnavailable(
+            f"{manifest.path!r} does not fit: {need} bytes are to be written to {folder}, "
+            f"{free.f_bavail * free.f_frsize} are free",
+            hint="the disk is full",
+        )
+    seen: dict[str, str] = {}
+    for name in sorted({above for entry in manifest.entries for above in ancestors(entry.name)}):
+        other = seen.setdefault(name.casefold(), name)
+        if other != name and manifest.is_dir and folds_case(folder):
+            raise DrivePathError(
+                f"{manifest.path!r} holds {other!r} and {name!r}, which are one file on this disk ({folder})",
+                hint="fetch it to a disk that tells upper and lower case apart",
+            )
+
+
 class _Hint:
-    """What is known of a source's files: `base` as the Drive has them, `trusted` with times of this very folder."""
+    """What is known of a source's files: `base` as the Drive has them, `trusted` with times of this very folder.
 
-    __slots__ = ("base", "trusted")
+    Far away no blob is looked at that a manifest `named` when the publish began; such blobs are `assumed` to be there.
+    """
 
-    def __init__(self, base: dict[str, Entry], trusted: dict[str, Entry]) -> None:
+    __slots__ = ("assumed", "base", "named", "trusted")
+
+    def __init__(self, base: dict[str, Entry], trusted: dict[str, Entry], named: set[str]) -> None:
         self.base = base
         self.trusted = trusted
+        self.named = named
+        self.assumed: set[str] = set()
+
+    def assume(self, sha256: str) -> bool:
+        if sha256 in self.named:
+            self.assumed.add(sha256)
+            return True
+        return False
+
+
+def _tally(progress: Progress, source: Path) -> Tick:
+    """Bytes as they go by -> (done, total)."""
+    if source.is_dir():
+        total = sum(entry.stat().st_size for entry in source.rglob("*") if entry.is_file())
+    else:
+        total = source.stat().st_size
+    return _counter(progress, total)
+
+
+def _counter(progress: Progress, total: int) -> Tick:
+    done = 0
+    progress(0, total)
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(min(done, total), total)
+
+    return tick
 
 
 def _times(status: os.stat_result) -> Times:
@@ -866,7 +1349,7 @@ def _walk(source: Path, limit: str) -> Iterator[tuple[str, Path]]:
         except FileNotFoundError:
             continue
         for item in items:
-            if item.name.startswith(DRAFT):
+            if item.name.startswith(PREFIX):
                 continue
             name = f"{folder}/{item.name}" if folder else item.name
             above = seen
