@@ -75,10 +75,15 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     executable: bool = False
     parts: list[tuple[str, int]] = []
     """(sha256, size) of the blobs that make up a file which grows while it is published; else it is one blob."""
+    pack: tuple[str, int, int] | None = None
+    """Of a small file that was published together with others: sha256 of the blob that holds them, where in it the file
+    begins, the blob's size."""
 
     @property
     def pieces(self) -> list[tuple[str, int]]:
         """(sha256, size) of the blobs that its bytes are in, in order."""
+        if self.pack is not None:
+            return [(self.pack[0], self.pack[2])]
         return self.parts or [(self.sha256, self.size)]
 
     def same_bytes(self, other: Entry) -> bool:

@@ -80,8 +80,10 @@ class Storage(Protocol):
     """`commit_lock` keeps every other committer out."""
 
     def read(self, key: str) -> bytes: ...
-    def read_many(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-        """In the order asked, None for a missing one; where it pays, several at once."""
+    def read_many(self, keys: Iterable[str], ahead: int = 32) -> Iterator[tuple[str, bytes | None]]:
+        """In the order asked, None for a missing one; where it pays, several at once, at most `ahead` in memory."""
+
+    def read_range(self, key: str, start: int, length: int) -> bytes: ...
 
     def signature(self, key: str) -> Any:
         """Changes when the key is replaced."""
@@ -266,8 +268,12 @@ class LocalStorage:
         with open(self._at(key), "rb") as file:
             return file.read()
 
-    def read_many(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    def read_many(self, keys: Iterable[str], ahead: int = 32) -> Iterator[tuple[str, bytes | None]]:
         return _one_by_one(self, keys)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        with _opened(self._at(key)) as fd:
+            return os.pread(fd, length, start)
 
     def signature(self, key: str) -> Any:
         stat = os.stat(self._at(key))
@@ -560,8 +566,12 @@ class FsspecStorage:
         data: bytes = self._fs.cat_file(self._at(key))
         return data
 
-    def read_many(self, keys: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    def read_many(self, keys: Iterable[str], ahead: int = 32) -> Iterator[tuple[str, bytes | None]]:
         return _one_by_one(self, keys)
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        data: bytes = self._fs.cat_file(self._at(key), start=start, end=start + length)
+        return data
 
     def signature(self, key: str) -> Any:
         info = self._fs.info(self._at(key))

@@ -21,8 +21,9 @@ import random
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -77,7 +78,11 @@ log = logging.getLogger(__name__)
 _SMALL = 1 << 20
 _PART = 8 << 20
 _APPENDED = 64 << 10
-"""A file of at least this size that has grown is published by what was added."""
+"""A file of at least this size that has grown is published by what was added; smaller ones travel packed together."""
+_PACK_FILES = 8
+"""Fewer than these are not worth a pack."""
+_SPARSE = 0.25
+"""Of a pack that holds less than this share of wanted bytes the files are packed anew."""
 _RESUMED = 32 << 20
 """A file of at least this size is fetched so that an interrupted fetch can be gone on with."""
 _READ_TRIES = 5
@@ -372,7 +377,7 @@ class DriveStore:
                 hint.named -= look.broken
                 tick = None if progress is None else _tally(progress, real)
                 if is_dir:
-                    entries = self._send_folder(real, limit, hint, partial, tick)
+                    entries = self._send_folder(real, limit, hint, partial, not sync, tick)
                 else:
                     entries = self._send_one(path, real, hint, partial, tick)
                 draft = Manifest(
@@ -536,14 +541,19 @@ class DriveStore:
             named.update(*(manifest.blobs for manifest in index.counting(component)))
         return _Hint(base, trusted, named)
 
-    def _send_folder(self, source: Path, limit: str, hint: _Hint, partial: bool, tick: Tick | None = None) -> Entries:
+    def _send_folder(
+        self, source: Path, limit: str, hint: _Hint, partial: bool, keep: bool, tick: Tick | None = None
+    ) -> Entries:
         for attempt in range(_READ_TRIES):
             entries: Entries = []
             unstable = ""
             with self._batch(tick) as batch:
-                for name, file in _walk(source, limit):
+                files = list(_walk(source, limit))
+                hint.weigh(hint.base if keep else {name for name, _ in files})
+                packer = _Packer(batch, hint.packed)
+                for name, file in files:
                     try:
-                        entries.append(self._send(name, file, hint, batch, partial, tick))
+                        entries.append(self._send(name, file, hint, batch, partial, tick, packer))
                     except FileNotFoundError:
                         if partial and name in hint.base:
                             entries.append(hint.base[name])
@@ -551,6 +561,8 @@ class DriveStore:
                         unstable = name
                         if partial and name in hint.base:
                             entries.append(hint.base[name])
+                packer.close()
+            entries = [packer.placed(entry) for entry in entries]
             if partial or not unstable:
                 return sorted(entries, key=lambda entry: entry.name)
             hint.trusted.update((entry.name, entry) for entry in entries)
@@ -583,11 +595,18 @@ class DriveStore:
             batch.abort()
 
     def _send(
-        self, name: str, file: Path, hint: _Hint, batch: Batch, partial: bool = False, tick: Tick | None = None
+        self,
+        name: str,
+        file: Path,
+        hint: _Hint,
+        batch: Batch,
+        partial: bool = False,
+        tick: Tick | None = None,
+        packer: _Packer | None = None,
     ) -> Entry:
         """The entry of one file, its bytes on their way. Raises FileNotFoundError, _Changing."""
         known = hint.trusted.get(name)
-        if known is not None and known.ctime_ns and (partial or not known.parts):
+        if known is not None and known.ctime_ns and (partial or not (known.parts or hint.sparse(known))):
             status = os.stat(file)
             executable = bool(status.st_mode & 0o100)
             if (known.size, known.mtime_ns, known.ctime_ns, known.executable) == (*_times(status), executable) and all(
@@ -606,7 +625,7 @@ class DriveStore:
                     sha256, parts = self._send_rest(fd, before.st_size, base, hint, batch)
                 if not sha256:
                     parts = None
-                    sha256 = self._send_bytes(fd, before.st_size, base, hint, batch, tick)
+                    sha256 = self._send_bytes(fd, before.st_size, base, hint, batch, tick, packer)
                 after = os.fstat(fd)
                 if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and sha256:
                     break
@@ -625,7 +644,14 @@ class DriveStore:
         )
 
     def _send_bytes(
-        self, fd: int, size: int, known: Entry | None, hint: _Hint, batch: Batch, tick: Tick | None = None
+        self,
+        fd: int,
+        size: int,
+        known: Entry | None,
+        hint: _Hint,
+        batch: Batch,
+        tick: Tick | None = None,
+        packer: _Packer | None = None,
     ) -> str:
         """The checksum of what the storage now has (or will have after the batch); empty if the file has changed."""
         if size <= _SMALL:
@@ -633,10 +659,19 @@ class DriveStore:
             if len(data) != size:
                 return ""
             sha256 = hashlib.sha256(data).hexdigest()
-            if not self._kept(sha256, size, hint):
+            there = packer is not None and packer.has(sha256)
+            if not there and sha256 in hint.packed:
+                pack, _, length = hint.packed[sha256]
+                there = self._kept(pack, length, hint)
+                if not there:
+                    del hint.packed[sha256]
+            if there or self._kept(sha256, size, hint):
+                if tick is not None:
+                    tick(size)
+            elif packer is not None and size < _APPENDED:
+                packer.add(sha256, data)
+            else:
                 batch.add_bytes(sha256, data)
-            elif tick is not None:
-                tick(size)
             return sha256
         sha256 = ""
         if (known is not None and known.size == size) or not self.storage.near:
@@ -676,6 +711,11 @@ class DriveStore:
         """Whether the storage has the blob, and no collector is about to take it."""
         if not self.storage.near:
             return hint.assume(sha256)
+        if sha256 not in hint.looked:
+            hint.looked[sha256] = self._has(sha256, size)
+        return hint.looked[sha256]
+
+    def _has(self, sha256: str, size: int) -> bool:
         key = blob_key(sha256)
         if self.storage.size(key) != size:
             return False
@@ -816,9 +856,10 @@ class DriveStore:
             _refuse_impossible([(entry, target) for _, entry, target in todo], cut, dest)
             if cut.is_dir:
                 dest.mkdir(parents=True, exist_ok=True)
-            for folder in {target.parent for _, _, target in todo}:
-                sweep(folder)
             tick = None if progress is None else _counter(progress, sum(entry.size for _, entry, _ in todo))
+            for folder in {target.parent for _, _, target in todo}:
+                folder.mkdir(parents=True, exist_ok=True)
+                sweep(folder)
             for (name, entry, target), data in self._arrivals(cut, todo):
                 self._fetch_one(cut, entry, target, data, tick)
                 written.append(name)
@@ -826,22 +867,47 @@ class DriveStore:
 
     def _arrivals(self, manifest: Manifest, todo: Todo) -> Iterator[tuple[tuple[str, Entry, Path], bytes | None]]:
         """What is to be written, the bytes of small files with it where asking for several at once pays."""
-        small = [] if self.storage.near else [row for row in todo if row[1].size <= _SMALL and not row[1].parts]
-        if len(small) > 1:
-            keys = [blob_key(entry.sha256) for _, entry, _ in small]
-            for row, (_, data) in zip(small, self.storage.read_many(keys), strict=True):
-                if data is None:
-                    raise self._bytes_gone(manifest, row[1])
-                yield row, data
-        else:
-            small = []
-        taken = {row[0] for row in small}
+        rest: Todo = []
+        small: Todo = []
+        packed: dict[tuple[str, int], Todo] = {}
         for row in todo:
-            if row[0] not in taken:
-                yield row, None
+            entry = row[1]
+            if entry.pack is not None:
+                packed.setdefault((entry.pack[0], entry.pack[2]), []).append(row)
+            elif self.storage.near or entry.size > _SMALL or entry.parts:
+                rest.append(row)
+            else:
+                small.append(row)
+        keys = [blob_key(entry.sha256) for _, entry, _ in small]
+        for row, (_, data) in zip(small, self.storage.read_many(keys), strict=True):
+            if data is None:
+                raise self._bytes_gone(manifest, row[1])
+            yield row, data
+        whole = {pack: rows for pack, rows in packed.items() if 2 * sum(row[1].size for row in rows) >= pack[1]}
+        # packs are large: few at a time
+        packs = self.storage.read_many([blob_key(pack) for pack, _ in whole], 4)
+        for rows, (_, data) in zip(whole.values(), packs, strict=True):
+            if data is None:
+                raise self._bytes_gone(manifest, rows[0][1])
+            for row in rows:
+                assert row[1].pack is not None
+                offset = row[1].pack[1]
+                yield row, data[offset : offset + row[1].size]
+        for pack in packed.keys() - whole.keys():
+            for row in packed[pack]:
+                try:
+                    yield row, self._packed_bytes(row[1])
+                except FileNotFoundError:
+                    raise self._bytes_gone(manifest, row[1]) from None
+        for row in rest:
+            yield row, None
+
+    def _packed_bytes(self, entry: Entry) -> bytes:
+        assert entry.pack is not None
+        pack, offset, _ = entry.pack
+        return self.storage.read_range(blob_key(pack), offset, entry.size) if entry.size else b""
 
     def _fetch_one(self, manifest: Manifest, entry: Entry, target: Path, data: bytes | None, tick: Tick | None) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _beside(target, entry, resumed=not self.storage.near) as (tmp, fd):
             if data is not None:
                 sha256 = hashlib.sha256(data).hexdigest()
@@ -857,8 +923,8 @@ class DriveStore:
                 os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))
             crash_point("drive.file.written")
             os.rename(tmp, target)
+            self._remember(str(target), os.fstat(fd), entry.sha256)
         crash_point("drive.file.renamed")
-        self._remember(target, os.stat(target, follow_symlinks=False), entry.sha256)
 
     def _fetch_blobs(self, manifest: Manifest, entry: Entry, target: Path, fd: int, tick: Tick | None) -> str:
         try:
@@ -912,18 +978,18 @@ class DriveStore:
                 return True
             with open(target, "rb") as file:
                 if hash_whole(file.fileno()) == entry.sha256:
-                    self._remember(target, status, entry.sha256)
+                    self._remember(str(target), status, entry.sha256)
                     return True
         if not overwrite:
             raise DriveConflict(f"{target} exists and differs from the Drive's", hint="overwrite=True replaces it")
         return False
 
-    def _remember(self, target: Path, status: os.stat_result, sha256: str) -> None:
+    def _remember(self, target: str, status: os.stat_result, sha256: str) -> None:
         """This process has seen these bytes there; a write after this moment changes the file's time."""
         if time.time_ns() - status.st_mtime_ns > _tick(status):
-            self._placed[str(target)] = (_placed(status), sha256)
+            self._placed[target] = (_placed(status), sha256)
         else:
-            self._placed.pop(str(target), None)
+            self._placed.pop(target, None)
 
     def open(self, manifest: Manifest, name: str | None = None) -> BinaryIO:
         """One file of a version, opened for reading (it can seek); its bytes are verified before this returns."""
@@ -932,6 +998,11 @@ class DriveStore:
             raise DriveNotFound(f"{manifest.path!r} version {manifest.version} has no file {name or ''!r}")
         with self._explained("read"), self.storage.shared():
             try:
+                if entry.pack is not None:
+                    data = self._packed_bytes(entry)
+                    if hashlib.sha256(data).hexdigest() != entry.sha256:
+                        raise DriveCorrupt(f"{entry.name} does not match its checksum")
+                    return BytesIO(data)
                 if entry.parts:
                     return self._joined(entry)
                 return self.storage.open_checked(blob_key(entry.sha256), entry.sha256, entry.size)
@@ -957,7 +1028,11 @@ class DriveStore:
         if manifest.is_dir or manifest.entries[0].parts:
             return None
         name = manifest.path.rpartition("/")[2]
+        entry = manifest.entries[0]
         with self._explained("read"):
+            if entry.pack is not None and self.storage.link("", seconds=1, filename="") is not None:
+                with self.open(manifest) as file:  # a link speaks of an object of its own, garbage from tomorrow on
+                    self.storage.create(blob_key(entry.sha256), file.read())
             return self.storage.link(blob_key(manifest.entries[0].sha256), seconds=seconds, filename=name)
 
     def read_bytes(
@@ -992,22 +1067,33 @@ class DriveStore:
             raise self.index().missing(check_path(path), component)
         count = 0
         with self._explained("read"), self.storage.shared():
-            rows = [
-                (manifest, entry, piece)
+            each = {
+                piece: (manifest, entry, piece)
                 for manifest in manifests
                 for entry in manifest.entries
                 for piece in entry.pieces
-            ]
+            }
+            rows = list(each.values())
             tick = None if progress is None else _counter(progress, sum(size for _, _, (_, size) in rows))
             for manifest, entry, right in self._hashes(rows):
                 if right is None:
                     raise self._bytes_gone(manifest, entry)
                 if not right:
-                    raise self._bytes_wrong(manifest, entry)
+                    raise self._bytes_wrong(manifest, self._culprit(manifest, entry))
                 if tick is not None:
-                    tick(entry.size)
+                    tick(sum(size for _, size in entry.pieces))
             count = sum(len(manifest.entries) for manifest in manifests)
         return count
+
+    def _culprit(self, manifest: Manifest, entry: Entry) -> Entry:
+        """Which file of a damaged pack it is."""
+        if entry.pack is None:
+            return entry
+        for other in manifest.entries:
+            if other.pack is not None and other.pack[0] == entry.pack[0]:
+                if hashlib.sha256(self._packed_bytes(other)).hexdigest() != other.sha256:
+                    return other
+        return entry
 
     def _hashes(self, rows: Rows) -> Iterator[tuple[Manifest, Entry, bool | None]]:
         """Whether each blob is what it shall be; None if it is missing."""
@@ -1263,19 +1349,81 @@ class _Hint:
     Far away no blob is looked at that a manifest `named` when the publish began; such blobs are `assumed` to be there.
     """
 
-    __slots__ = ("assumed", "base", "named", "trusted")
+    __slots__ = ("_sparse", "assumed", "base", "looked", "named", "packed", "trusted")
 
     def __init__(self, base: dict[str, Entry], trusted: dict[str, Entry], named: set[str]) -> None:
         self.base = base
         self.trusted = trusted
         self.named = named
         self.assumed: set[str] = set()
+        self.looked: dict[str, bool] = {}
+        self.packed = {entry.sha256: entry.pack for entry in base.values() if entry.pack is not None}
+        """Where in which pack a content lies."""
+        self._sparse: set[str] = set()
+
+    def weigh(self, names: Collection[str]) -> None:
+        """Do not count on packs of which these files need little."""
+        wanted: dict[tuple[str, int], int] = {}
+        for name, entry in self.base.items():
+            if entry.pack is not None:
+                pack, _, length = entry.pack
+                wanted[pack, length] = wanted.get((pack, length), 0) + (entry.size if name in names else 0)
+        self._sparse = {pack for (pack, length), size in wanted.items() if size < _SPARSE * length}
+        for sha256, (pack, _, _) in list(self.packed.items()):
+            if pack in self._sparse:
+                del self.packed[sha256]
+
+    def sparse(self, entry: Entry) -> bool:
+        return entry.pack is not None and entry.pack[0] in self._sparse
 
     def assume(self, sha256: str) -> bool:
         if sha256 in self.named:
             self.assumed.add(sha256)
             return True
         return False
+
+
+class _Packer:
+    """Puts small files together, so that a thousand of them are one write, and far away one request.
+
+    `known`: contents that lie in a pack already; those of this publish are added.
+    """
+
+    def __init__(self, batch: Batch, known: dict[str, tuple[str, int, int]]) -> None:
+        self._batch = batch
+        self._known = known
+        self._waiting: dict[str, bytes] = {}
+        self._size = 0
+
+    def has(self, sha256: str) -> bool:
+        return sha256 in self._waiting
+
+    def add(self, sha256: str, data: bytes) -> None:
+        if self._size + len(data) > _PART:
+            self.close()
+        self._waiting[sha256] = data
+        self._size += len(data)
+
+    def close(self) -> None:
+        if len(self._waiting) < _PACK_FILES:
+            for sha256, data in self._waiting.items():
+                self._batch.add_bytes(sha256, data)
+        else:
+            whole = b"".join(self._waiting.values())
+            pack, offset = hashlib.sha256(whole).hexdigest(), 0
+            self._batch.add_bytes(pack, whole)
+            for sha256, data in self._waiting.items():
+                self._known[sha256] = (pack, offset, len(whole))
+                offset += len(data)
+        self._waiting.clear()
+        self._size = 0
+
+    def placed(self, entry: Entry) -> Entry:
+        """The entry, with the place where its bytes went."""
+        pack = self._known.get(entry.sha256)
+        if pack is None or entry.pack is not None or entry.parts or entry.size >= _APPENDED:
+            return entry
+        return msgspec.structs.replace(entry, pack=pack)
 
 
 def _tally(progress: Progress, source: Path) -> Tick:

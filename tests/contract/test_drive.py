@@ -640,6 +640,59 @@ def test_a_file_that_grows_is_published_by_what_was_added(store: DriveStore, bas
     assert blobs(store) == {done.entries[0].sha256}
 
 
+def test_small_files_travel_together(store: DriveStore, base_url: str, tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    for n in range(100):
+        write(source, **{f"f{n:03d}": f"text {n}", f"d__g{n:03d}": f"text {n}"})
+    first = store.publish("trainer", "d", source)
+    assert len(blobs(store)) == 1 and len(first.blobs) == 1
+    reader = DriveStore(base_url, "app")
+    reader.fetch(first, tmp_path / "got")
+    assert tree(tmp_path / "got") == tree(source) and reader.verify("d") == 200
+    assert reader.read_bytes("d/f042") == b"text 42"
+    reader.fetch(first, tmp_path / "one", subpath="d/g007")
+    assert (tmp_path / "one").read_text() == "text 7"
+    os.utime(source / "f001")
+    (source / "f002").rename(source / "renamed")
+    write(source, f000="changed")
+    second = store.publish("trainer", "d", source)
+    assert len(second.blobs) == 2, "what lies in the pack is not sent again"
+    reader.fetch(second, tmp_path / "got2")
+    assert tree(tmp_path / "got2") == tree(source)
+    for n in range(100):
+        (source / f"f{n:03d}").unlink(missing_ok=True)
+        if n:
+            (source / f"d/g{n:03d}").unlink()
+    write(source, last="text 99")
+    third = store.publish("trainer", "d", source)
+    assert first.blobs.isdisjoint(third.blobs), "a pack is not kept for few files"
+    reader.fetch(third, tmp_path / "got3")
+    assert tree(tmp_path / "got3") == tree(source) == {"d/g000": "text 0", "last": "text 99", "renamed": "text 2"}
+    assert reader.verify("d") == 3
+    reader.fetch(first, tmp_path / "again")
+    assert (tmp_path / "again/f099").read_text() == "text 99"
+
+
+def test_a_damaged_pack_is_named_and_can_be_published_again(store: DriveStore, tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    for n in range(20):
+        write(source, **{f"f{n:02d}": f"text {n:02d}"})
+    manifest = store.publish("trainer", "d", source)
+    (pack,) = manifest.blobs
+    for _ in range(2):
+        damage(store, pack, lambda data: data.replace(b"text 07", b"text 70"))
+        with pytest.raises(DriveCorrupt, match=r"d/f07"):
+            store.fetch(manifest, tmp_path / "dest")
+        assert not (tmp_path / "dest/f07").exists()
+        fresh = DriveStore(*_address(store))
+        fresh.publish("trainer", "d", source, call=os.urandom(4).hex())
+        assert fresh.verify("d") == 20
+    found = fresh.resolve("d")
+    assert found is not None
+    fresh.fetch(found, tmp_path / "dest")
+    assert tree(tmp_path / "dest") == tree(source)
+
+
 def test_partial_versions(store: DriveStore, tmp_path: Path) -> None:
     source = write(tmp_path / "logs", a="1")
     first = store.publish("trainer", "logs", source, partial=True)
@@ -1020,7 +1073,7 @@ def test_a_put_killed_anywhere_leaves_a_whole_version_and_can_be_repeated(tmp_pa
         store.publish("trainer", "d", write(source, a=f"old {n}", b=f"b {n}"))
     old = tree(source)
     for n in range(70):
-        write(source, **{f"f{n:02d}": f"new {n}"})
+        write(source, **{f"f{n:02d}": f"new {n} " * 12_000})
     write(source, a="new")
     (source / "large").write_bytes(b"L" * (3 << 20))
     new = tree(source)
@@ -1047,7 +1100,7 @@ def test_a_put_killed_anywhere_leaves_a_whole_version_and_can_be_repeated(tmp_pa
     assert tree(tmp_path / "got") == new
     again.gc()
     assert not again.storage.listing("tmp")
-    assert blobs(again) == {e.sha256 for m in again.manifests(all_versions=True) for e in m.entries}
+    assert blobs(again) == {sha for m in again.manifests(all_versions=True) for sha in m.blobs}
 
 
 GET = """
@@ -1080,7 +1133,7 @@ def test_a_get_killed_anywhere_leaves_whole_files(tmp_path: Path, point: str, hi
 def test_resuming_sends_only_the_rest(tmp_path: Path) -> None:
     base, source = f"{tmp_path}/store", tmp_path / "s"
     for n in range(600):
-        write(source, **{f"f{n:03d}": f"{n}"})
+        write(source, **{f"f{n:03d}": f"{n:08d}" * 9000})
     command = [sys.executable, "-P", "-c", PUT, base, str(source)]
     env = {**os.environ, "ORCH_CRASH_AT": "drive.blob.written:590"}
     assert subprocess.run(command, env=env, start_new_session=True, timeout=60).returncode == -signal.SIGKILL

@@ -155,7 +155,7 @@ def test_what_an_interrupted_put_has_sent_is_not_sent_again(
     source = tmp_path / "s"
     source.mkdir()
     for n in range(60):
-        (source / f"f{n:02d}").write_text(f"text {n}")
+        (source / f"f{n:02d}").write_text(f"text {n} " * 12_000)  # too large to be packed
     put = obstore.put
     sent: list[str] = []
 
