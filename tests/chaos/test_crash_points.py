@@ -337,7 +337,7 @@ def check(crashed: Crashed, undisturbed: Any) -> None:
     with AppFolder(crashed.folder).lock():
         pass
     store.gc()
-    assert not store.storage.keys("tmp")
+    assert not store.storage.listing("tmp")
     drafts = [
         path for path in crashed.folder.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".orch-")
     ]
