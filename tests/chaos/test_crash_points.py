@@ -306,7 +306,8 @@ def check(crashed: Crashed, undisturbed: Any) -> None:
     done: Counter[str] = Counter()
     last: dict[str, str] = {}
     for call in crashed.calls():
-        if call["finished_at"] is not None:
+        stopped_waiting = call["stage"] == "stopped" and last.get(call["id"]) == "pending"  # between two attempts
+        if call["finished_at"] is not None and not stopped_waiting:
             ends.setdefault(call["id"], set()).add((call["attempt"], call["finished_at"]))
         if call["stage"] in DONE and last.get(call["id"]) not in DONE:
             done[call["id"]] += 1
