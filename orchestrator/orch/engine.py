@@ -325,7 +325,7 @@ class Engine:
         dues = [s.due for s in self.schedules.values() if not s.ticked] if self.stage == "running" else []
         for work in self._all():
             current = work.book.current
-            if current is not None and not work.live:
+            if current is not None and not work.live and not work.placing:  # (placed, it goes on by itself)
                 due = work.book.calls[current].due
                 if due is not None:
                     dues.append(due)
@@ -1230,6 +1230,8 @@ class Engine:
                 self._touch(work)
                 self._wake()
         overdue = [work for work in leased if event.silence >= work.spec.lost_after]
+        if len(overdue) < len(leased) and not self.config.shared_records:
+            return  # a new agent elsewhere is the end of whatever runs here: only when every lease is over
         if not overdue or not self._alive or not self._may_act(agent, event):
             return
         for work in overdue:

@@ -82,6 +82,8 @@ EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
 AGENT_TRIES = 3
+ATTACH_WITHIN = 60.0
+"""A lost message must not end an app."""
 SLOW_PASS = 5.0
 UNREADABLE = 422
 """HTTP status of a request that does not fit its message type: nothing of it was done."""
@@ -811,21 +813,26 @@ class Service:
             return await self._launch(agent, newest, 0)
         link.handle = handle
         self.engine.know_agent(agent, handle["epoch"])
-        await self._journalled()  # what an agent knows is never ahead of what survives
-        link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
-        attach = Attach(
-            flow_url=self.url,
-            epoch=handle["epoch"],
-            acked=self.engine.agents[agent].acked,
-            works=self.engine.attach_vars(agent),
-        )
-        try:
-            status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
-        except (OSError, http.client.HTTPException) as error:
-            kind = AgentDied if await self._runtime.ended(handle, 1.0) else RuntimeLost
-            raise kind(
-                f"the agent {agent} does not answer ({error})", hint=f"see {self.folder.logs / f'agent-{agent}.log'}"
-            ) from error
+        give_up = time.monotonic() + ATTACH_WITHIN
+        while True:
+            await self._journalled()  # what an agent knows is never ahead of what survives
+            link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
+            attach = Attach(
+                flow_url=self.url,
+                epoch=handle["epoch"],
+                acked=self.engine.agents[agent].acked,
+                works=self.engine.attach_vars(agent),
+            )
+            try:
+                status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
+                break
+            except (OSError, http.client.HTTPException) as error:
+                died = await self._runtime.ended(handle, 1.0)
+                if died or time.monotonic() > give_up:
+                    raise (AgentDied if died else RuntimeLost)(
+                        f"the agent {agent} does not answer ({error})",
+                        hint=f"see {self.folder.logs / f'agent-{agent}.log'}",
+                    ) from error
         if status != 200:
             raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
         crash_point("flow.agent.attached")
@@ -872,10 +879,14 @@ class Service:
                 delay = min(1.0, delay * 2)
                 continue
             crash_point("flow", f"{kind}.answered")
-            delay = 0.05
             if link.handle is not handle:
                 continue  # replaced meanwhile: that answer was another one's, and the queue a new one
             link.heard = time.monotonic()
+            if status == RuntimeLost.status:  # it leaves: its successor will be asked
+                await asyncio.sleep(delay)
+                delay = min(1.0, delay * 2)
+                continue
+            delay = 0.05
             if status == UNREADABLE and len(batch) > 1:
                 link.singly = len(batch)
                 continue

@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from orch.errors import NotFound, OrchError, StateTypeError
+from orch.errors import NotFound, OrchError, RuntimeLost, StateTypeError
 from orch.paths import write_atomic
 from orch.wire import (
     AgentSpec,
@@ -425,7 +425,10 @@ class Agent:
         return answers
 
     def start(self, asked: list[StartCall]) -> list[StartReply]:
-        """Accepts each attempt once; the answer is given when the intent is on disk."""
+        """Accepts each attempt once; the answer is given when the intent is on disk. Raises RuntimeLost when this agent
+        leaves: its successor will be asked."""
+        if self._shutting_down:
+            raise RuntimeLost("the agent is shutting down")
         replies = []
         for start in asked:
             error = self._accept(start)
@@ -733,8 +736,6 @@ class Agent:
         key = key_of(start.call, start.attempt)
         if key in self.attempts:
             return ""
-        if self._shutting_down:
-            return "the agent is shutting down"
         work = self.works.get(start.work)
         if work is None:
             return f"{start.work} is not placed on this agent"
@@ -745,10 +746,14 @@ class Agent:
             self.records.write_attempt(record)
         except OSError as error:
             return f"the call cannot be recorded: {_explain(error)}"
-        before = work.attempt
+        before = work.attempt or self._left_over(start.work)
         attempt = work.attempt = self._make_attempt(record, dict(start.secrets))
         self._spawn(self._attend(attempt, before))
         return ""
+
+    def _left_over(self, work: str) -> Attempt | None:
+        """What still lives of a work that was forgotten and has come back under its name."""
+        return next((a for a in self.attempts.values() if a.start.work == work and not a.over.is_set()), None)
 
     def _note(self, attempt: Attempt, **news: Any) -> None:
         """Writes news of an attempt down. A full disk loses what a later incarnation would know, not the news."""

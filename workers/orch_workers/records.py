@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from orch.calls import number_of
 from orch.paths import write_atomic
 from orch.wire import Ended, Message, Place, Progress, Published, StartCall, decode, encode
 
@@ -127,18 +128,18 @@ class Records:
         (self._run / f"agent-{self._agent}.works").unlink(missing_ok=True)
 
     def load_attempts(self) -> list[AttemptRecord]:
-        """Of this agent's name, oldest first. A file that cannot be read is left, with a log line."""
+        """Of this agent's name, a work's in the order of its calls and attempts (a file's age says when its last news
+        came). A file that cannot be read is left, with a log line."""
         found = []
         for path in self._calls.glob("*.json"):
             try:
                 record = decode(AttemptRecord, path.read_bytes())
-                age = path.stat().st_mtime_ns
             except (OSError, msgspec.MsgspecError) as error:
                 log.error("the call record %s cannot be read and is left alone: %s", path, error)
                 continue
             if record.agent == self._agent:
-                found.append((age, record))
-        return [record for _, record in sorted(found, key=lambda pair: pair[0])]
+                found.append(record)
+        return sorted(found, key=lambda record: (number_of(record.start.call), record.start.attempt))
 
     def write_attempt(self, record: AttemptRecord) -> None:
         news = "acked" if record.acked else "ended" if record.ended else "stopping" if record.stopping else "accepted"
