@@ -62,6 +62,22 @@ def test_own_change_that_no_longer_fits_is_left_out_of_the_view() -> None:
     assert live.drop(1) == [replace("/rows", [])]
 
 
+def test_a_look_costs_the_variable_once_however_many_changes_wait() -> None:
+    class Element(dict[str, Any]):
+        copies = 0
+
+        def __deepcopy__(self, memo: Any) -> Element:
+            Element.copies += 1
+            return Element(self)
+
+    live = LiveVars(1, {"log": [Element()]})
+    for seq in range(1, 100):
+        live.local(seq, [{"op": "add", "path": "/log/-", "value": seq}])
+    Element.copies = 0
+    assert live.value("log") == [{}, *range(1, 100)]
+    assert Element.copies == 1
+
+
 def test_twice_is_once() -> None:
     live = LiveVars(1, {"rows": []})
     op = {"op": "add", "path": "/rows/-", "value": 1}

@@ -8,6 +8,7 @@ for each of its works, and a Python Work's process uses it again towards its age
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -110,12 +111,8 @@ class LiveVars:
             mine = [op for op in ops if _name(op["path"]) == name]
             if not mine:
                 continue
-            attempt = copy.deepcopy(holder)
-            try:
-                apply_ops(attempt, copy.deepcopy(mine))
-            except OrchError:
-                continue  # the tree moved on; it will refuse this change and say so
-            holder = attempt
+            with contextlib.suppress(OrchError):  # the tree moved on: it will refuse this change and say so
+                apply_ops(holder, copy.deepcopy(mine))
         return holder[name]
 
     def view(self) -> dict[str, JSON]:
