@@ -1253,8 +1253,12 @@ class Service:
 
     async def push(self, push: Push) -> PushReply:
         link = self._links.get(push.agent)
+        epoch = self._epochs.get(push.agent)
+        if epoch is None:
+            # Told that it is replaced, it would end its scripts; this server may yet adopt it.
+            raise RuntimeLost(f"it is not decided yet what becomes of agent {push.agent}")
         try:
-            if push.epoch != self._epochs.get(push.agent):
+            if push.epoch != epoch:
                 raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
             if link is not None:
                 link.heard = time.monotonic()
