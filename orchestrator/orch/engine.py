@@ -106,6 +106,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """http://127.0.0.1:7501, without a slash at the end."""
     agent_of: Callable[[WorkSpec], str] = lambda spec: "local"
     work_token: Callable[[str], str] = lambda name: ""
+    forget_token: Callable[[str], None] = lambda name: None
+    """A work was removed: what comes back under its name has another token."""
     env: Mapping[str, str] = msgspec.field(default_factory=dict)
     secrets: Mapping[str, str] = msgspec.field(default_factory=dict)
     page_secrets: Mapping[str, str] = msgspec.field(default_factory=dict)
@@ -967,7 +969,9 @@ class Engine:
         for name in result.removed:
             self._remove_work(name, now)
         for spec in result.created:
-            self._add_work(spec, KnownWork(spec, self.run))
+            work = KnownWork(spec, self.run)
+            work.born = self.tree.rev
+            self._add_work(spec, work)
         for name, record in result.records.items():
             self._fact("component", name, record)
         for key, schedule in result.schedules.items():
@@ -1064,8 +1068,9 @@ class Engine:
         self._pass_views.pop(name, None)
         self._dirty.pop(name, None)
         self._fact("work", name, None)
+        self.config.forget_token(name)
         if work.placed or work.placing:
-            self._emit(ForgetWorks(agent=work.agent, works=[name]))
+            self._emit(ForgetWorks(agent=work.agent, works=[name], rev=self.tree.rev))
 
     # -- agents
     def _agent_up(self, event: AgentUp, now: float) -> None:
@@ -1081,6 +1086,8 @@ class Engine:
         for work in self._all():
             if work.agent != agent.name:
                 continue
+            if event.rev is not None and work.born > event.rev:
+                known.pop(work.spec.name, None)
             report = known.get(work.spec.name)
             if report is not None:
                 work.host, work.port, work.placed, work.placing = report.host, report.port, True, False
@@ -1133,7 +1140,7 @@ class Engine:
             work = self.works.get(report.work) or self.hidden.get(report.work)
             if work is None:
                 if report.work not in self._kept_pages:  # e.g. app.py declares it no longer
-                    self._emit(ForgetWorks(agent=status.agent, works=[report.work]))
+                    self._emit(ForgetWorks(agent=status.agent, works=[report.work], rev=self.tree.rev + 1))
                 continue
             if report.call is None:
                 continue
@@ -1292,7 +1299,7 @@ class Engine:
         for name in [n for n in self.hidden if n not in names]:
             work = self.hidden.pop(name)
             if work.placed or work.placing:
-                self._emit(ForgetWorks(agent=work.agent, works=[name]))
+                self._emit(ForgetWorks(agent=work.agent, works=[name], rev=self.tree.rev + 1))
         for spec in event.specs:
             work = self.hidden.get(spec.name) or KnownWork(spec, self.run)
             fresh = spec.name not in self.hidden

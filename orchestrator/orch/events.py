@@ -114,6 +114,8 @@ class AgentUp(Event, frozen=True, kw_only=True):
     agent: str
     epoch: int
     status: AgentStatus
+    rev: int | None = None
+    """The state that it was told of; None: the present one."""
     host: str = ""
     """The machine that it is on."""
 
@@ -214,6 +216,8 @@ class StopCalls(Instruction, frozen=True, kw_only=True):
 class ForgetWorks(Instruction, frozen=True, kw_only=True):
     agent: str
     works: list[str]
+    rev: int
+    """What is placed of that name from this revision on is another one."""
 
 
 class PollAgent(Instruction, frozen=True, kw_only=True):

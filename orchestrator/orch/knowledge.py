@@ -16,6 +16,8 @@ class KnownWork:
     def __init__(self, spec: WorkSpec, run: int) -> None:
         self.spec = spec
         self.book = Book(spec.name, run, used=spec.used)
+        self.born = 0
+        """The revision that has made it: an agent that was told of an older state knows a predecessor of that name."""
         self.placed = False
         self.placing = False
         self.failed_to_place = ""

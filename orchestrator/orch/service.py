@@ -52,6 +52,7 @@ from orch.wire import (
     AgentSpec,
     AgentStatus,
     Attach,
+    Forget,
     Op,
     Placed,
     Push,
@@ -411,6 +412,7 @@ class Service:
             run=self.run,
             base_url=self.url,
             work_token=self._work_token,
+            forget_token=self._forget_token,
             env=dict(options.env),
             secrets=self._secrets,
             page_secrets={"ORCH_FLOW_TOKEN": self.token},
@@ -630,8 +632,8 @@ class Service:
                 self._send(agent, "stop", stops)
             case e.PlaceWorks(agent=agent, works=works):
                 self._send(agent, "place", works)
-            case e.ForgetWorks(agent=agent, works=names):
-                self._send(agent, "forget", names)
+            case e.ForgetWorks(agent=agent, works=names, rev=rev):
+                self._send(agent, "forget", [Forget(work=name, rev=rev) for name in names])
             case e.PollAgent(agent=agent):
                 self._link(agent).ask = True
             case e.ReplaceAgent(agent=agent, epoch=epoch):
@@ -729,6 +731,10 @@ class Service:
             self.engine.note_fact("token", name, self._work_tokens[name])
         return self._work_tokens[name]
 
+    def _forget_token(self, name: str) -> None:
+        if self._work_tokens.pop(name, None) is not None:
+            self.engine.note_fact("token", name, None)
+
     async def _first_agent(self) -> AgentStatus | None:
         """Adopt the agent that an earlier server left here, or stop it and launch a new one."""
         left = self._runtime.found("local")
@@ -817,6 +823,7 @@ class Service:
         while True:
             await self._journalled()  # what an agent knows is never ahead of what survives
             link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
+            rev = self.engine.tree.rev
             attach = Attach(
                 flow_url=self.url,
                 epoch=handle["epoch"],
@@ -840,7 +847,7 @@ class Service:
         link.heard = time.monotonic()
         link.attached = True
         host = urlsplit(handle["url"]).hostname or ""
-        self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known, host=host))
+        self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known, rev=rev, host=host))
         link.wake.set()
         return known
 

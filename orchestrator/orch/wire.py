@@ -9,7 +9,7 @@ flow -> agent
     POST /v1/place     list[Place]       -> list[Placed]  give a work its port, directory and token; again = same answer
     POST /v1/start     list[StartCall]   -> list[StartReply]   at most one start per (call, attempt)
     POST /v1/stop      list[StopCall]    -> {}            TERM, after `grace` KILL; unknown calls are ignored
-    POST /v1/forget    list[str]         -> {}            the works are gone: stop them, drop their buffers
+    POST /v1/forget    list[Forget]      -> {}            the works are gone: stop them, drop their buffers
     POST /v1/state     list[Diff]        -> {}            revisions that touch these works' vars, in revision order
     POST /v1/shutdown  Shutdown          -> {}            stop every script, then exit
 
@@ -40,6 +40,7 @@ __all__ = [
     "ComponentRecord",
     "Diff",
     "Ended",
+    "Forget",
     "Item",
     "ItemResult",
     "Op",
@@ -194,6 +195,14 @@ class StopCall(Message, frozen=True, kw_only=True):
     grace: float = 10.0
     reason: str = "stopped"
     """"stopped" or "replaced": reported back in `Ended.reason`."""
+
+
+class Forget(Message, frozen=True, kw_only=True):
+    """A work was removed. Its name may come back, and this message may come late: what was placed at `rev` or later is
+    another work."""
+
+    work: str
+    rev: int
 
 
 class Diff(Message, frozen=True, kw_only=True):

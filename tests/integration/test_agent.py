@@ -15,7 +15,7 @@ import httpx
 import pytest
 from fake_flow import TOKEN, FakeFlow, alive, flow_with_agent
 
-from orch.wire import Diff, Ended, Progress, Ready, Started, VarOps
+from orch.wire import Diff, Ended, Forget, Progress, Ready, Started, VarOps
 from orch_workers import agent
 
 
@@ -419,10 +419,24 @@ async def test_forget_stops_and_drops(flow: FakeFlow) -> None:
     await flow.place("w", {"x": 1})
     await flow.start("w", "sleep 60")
     [started] = await flow.until(lambda: flow.of(Started))
-    await flow.ask("/v1/forget", ["w", "unknown"])
+    await flow.ask("/v1/forget", [Forget(work="w", rev=9), Forget(work="unknown", rev=9)])
     await flow.until(lambda: not alive(started.pid))
     assert (await flow.status()).works == []
     await flow.ask("/v1/state", [Diff(work="w", rev=9, ops=[])])
+
+
+async def test_a_late_forget_leaves_a_work_that_came_back_under_the_name(flow: FakeFlow) -> None:
+    flow.rev = 3
+    await flow.place("w")
+    gone = [Forget(work="w", rev=4)]
+    await flow.ask("/v1/forget", gone)
+    assert (await flow.status()).works == []
+    flow.rev = 4
+    await flow.place("w")
+    await flow.start("w", "sleep 60")
+    [started] = await flow.until(lambda: flow.of(Started))
+    await flow.ask("/v1/forget", gone)
+    assert [work.work for work in (await flow.status()).works] == ["w"] and alive(started.pid)
 
 
 async def test_attach_moves_to_another_flow(flow: FakeFlow, tmp_path: Path) -> None:

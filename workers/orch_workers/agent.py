@@ -30,6 +30,7 @@ from orch.wire import (
     Attach,
     Diff,
     Ended,
+    Forget,
     ItemResult,
     Op,
     Place,
@@ -373,6 +374,7 @@ class Agent:
             work = self.works.get(name)
             if work is None:
                 continue
+            self._placed_since(work, known.rev)
             if known.rev >= work.live.rev:
                 work.live.reset(known.rev, known.vars, attach.acked)
                 if known.said is not None:
@@ -412,6 +414,12 @@ class Agent:
                 work.place = msgspec.structs.replace(place, token=token)
                 work.live = LiveVars(place.rev, place.vars)
                 work.fresh.set()
+            elif place.rev > work.live.rev:  # it has come back under its name before this agent heard that it had gone
+                work.place = place
+                work.live.reset(place.rev, place.vars, 0)
+                self._greet(work)
+                self._vars_changed(work)
+            self._placed_since(work, place.rev)
             answers.append(Placed(work=work.name, host=work.host, port=work.port))
             if place.python and self._warming is None:
                 self._warming = self._spawn(self._warm())
@@ -441,11 +449,12 @@ class Agent:
             if attempt is not None:
                 self._stop_attempt(attempt, stop.reason, stop.grace)
 
-    def forget(self, names: list[str]) -> None:
-        for name in names:
-            work = self.works.pop(name, None)
-            if work is None:
+    def forget(self, asked: list[Forget]) -> None:
+        for gone in asked:
+            name, work = gone.work, self.works.get(gone.work)
+            if work is None or work.place.rev >= gone.rev:
                 continue
+            del self.works[name]
             if work.attempt is not None:
                 self._stop_attempt(work.attempt, "stopped", work.attempt.start.grace)
             self._close_links(work)
@@ -505,6 +514,12 @@ class Agent:
         work.fresh.set()
         self.works[place.work] = work
         return work
+
+    @staticmethod
+    def _placed_since(work: PlacedWork, rev: int) -> None:
+        """The flow counts on it: a `forget` of an earlier revision speaks of a predecessor of that name."""
+        if rev > work.place.rev:
+            work.place = msgspec.structs.replace(work.place, rev=rev)
 
     def _write_places(self) -> None:
         self.records.write_places([PlaceRecord(place=w.place, host=w.host, port=w.port) for w in self.works.values()])

@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 
 from orch.errors import NotFound, OrchError
 from orch.state import format_pointer, parse_pointer
-from orch.wire import Attach, Diff, ItemResult, Op, Place, Shutdown, StartCall, StopCall, decode, encode
+from orch.wire import Attach, Diff, Forget, ItemResult, Op, Place, Shutdown, StartCall, StopCall, decode, encode
 from orch_workers.agent import Agent, PlacedWork
 from orch_workers.messages import Changes, Report, Taken
 
@@ -62,7 +62,7 @@ def make_app(agent: Agent) -> FastAPI:
         return {}
 
     async def forget(request: Request) -> Any:
-        agent.forget(_read(list[str], await request.body()))
+        agent.forget(_read(list[Forget], await request.body()))
         return {}
 
     async def state(request: Request) -> Any:
