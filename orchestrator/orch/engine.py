@@ -553,7 +553,10 @@ class Engine:
 
     def _started(self, work: KnownWork, item: Started) -> None:
         call = self._current(work, item.call, item.attempt)
-        if call is None or call.stage is Stage.RUNNING:
+        if call is None:  # given up while its start was under way
+            self._emit(self._stop_message(work, item.call, item.attempt, Reason.LOST))
+            return
+        if call.stage is Stage.RUNNING:
             return
         work.live = True
         first = call.started_at if call.started_at is not None and call.attempt > 1 else item.at

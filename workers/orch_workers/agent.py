@@ -56,7 +56,7 @@ from orch_workers.outputs import FileTransfer
 from orch_workers.placeholders import command_line, fill, script_word
 from orch_workers.process import ExitRecord, Process, ProcessSpec, Spawner, SpawnError
 from orch_workers.progress import ProgressParser
-from orch_workers.records import KEPT_ATTEMPTS, AttemptRecord, PlaceRecord, Records, key_of
+from orch_workers.records import KEPT_ATTEMPTS, AttemptRecord, PlaceRecord, Records, key_of, order_of
 from orch_workers.waiter import die_with, steady
 
 __all__ = ["Agent", "Attempt", "PlacedWork"]
@@ -754,6 +754,8 @@ class Agent:
         work = self.works.get(start.work)
         if work is None:
             return f"{start.work} is not placed on this agent"
+        if work.attempt is not None and order_of(work.attempt.start) > order_of(start):
+            return f"{work.attempt.key} came after it"  # a message that was under way for long
         record = AttemptRecord(
             agent=self.spec.agent, run=self.spec.run, start=msgspec.structs.replace(start, secrets={})
         )

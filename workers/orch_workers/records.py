@@ -20,7 +20,7 @@ from orch.calls import number_of
 from orch.paths import write_atomic
 from orch.wire import Ended, Message, Place, Progress, Published, StartCall, decode, encode
 
-__all__ = ["AttemptRecord", "PlaceRecord", "ReadyFile", "Records", "key_of"]
+__all__ = ["AttemptRecord", "PlaceRecord", "ReadyFile", "Records", "key_of", "order_of"]
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,11 @@ KEPT_ATTEMPTS = 50
 
 def key_of(call: str, attempt: int) -> str:
     return f"{call}.{attempt}"
+
+
+def order_of(start: StartCall) -> tuple[int, int]:
+    """A work's attempts are asked for in this order."""
+    return number_of(start.call), start.attempt
 
 
 class ReadyFile(Message, frozen=True, kw_only=True, omit_defaults=True):
@@ -139,7 +144,7 @@ class Records:
                 continue
             if record.agent == self._agent:
                 found.append(record)
-        return sorted(found, key=lambda record: (number_of(record.start.call), record.start.attempt))
+        return sorted(found, key=lambda record: order_of(record.start))
 
     def write_attempt(self, record: AttemptRecord) -> None:
         news = "acked" if record.acked else "ended" if record.ended else "stopping" if record.stopping else "accepted"
