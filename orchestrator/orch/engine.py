@@ -138,6 +138,8 @@ class Engine:
         self.schedules: dict[str, Schedule] = {}
         self._kept_pages: dict[str, tuple[list[Call], Mapping[str, Any]]] = {}
         """Of a resumed run: the pages' servers, until the first pass declares them."""
+        self._attaches: dict[str, int] = {}
+        """By agent: the number of the last attach."""
         self._said: dict[str, list[Any]] = {}
         """By work: call, attempt and number of its process's last change."""
         self.passes = 0
@@ -201,13 +203,17 @@ class Engine:
     def _touch(self, work: KnownWork) -> None:
         self._dirty[work.spec.name] = None
 
-    def know_agent(self, agent: str, epoch: int) -> None:
-        """The runtime has launched this incarnation: reports of older ones are refused from now on."""
+    def know_agent(self, agent: str, epoch: int) -> int:
+        """The runtime has launched this incarnation: reports of older ones are refused from now on. Returns the number
+        of the attach that follows."""
         known = self.agents.setdefault(agent, KnownAgent(agent))
         if known.epoch != epoch:
             known.epoch, known.acked = epoch, 0
             known.up = False
         self._fact("agent", agent, {"epoch": known.epoch, "acked": known.acked})
+        number = self._attaches[agent] = self._attaches.get(agent, 0) + 1
+        self._fact("attach", agent, number)
+        return number
 
     def note_fact(self, kind: str, key: str, value: Any) -> None:
         """Something of the service's own, journalled with the next batch."""
@@ -1433,6 +1439,7 @@ class Engine:
         for name, value in facts.get("agent", {}).items():
             agent = self.agents.setdefault(name, KnownAgent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
+        self._attaches = dict(facts.get("attach", {}))
         self._said = dict(facts.get("said", {}))
         app = facts.get("app", {}).get("stage", {})
         if not clean and app.get("stage") in ("stopping", "stopped", "failed"):

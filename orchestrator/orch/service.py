@@ -818,7 +818,7 @@ class Service:
             await self._runtime.kill(handle)
             return await self._launch(agent, newest, 0)
         link.handle = handle
-        self.engine.know_agent(agent, handle["epoch"])
+        number = self.engine.know_agent(agent, handle["epoch"])
         give_up = time.monotonic() + ATTACH_WITHIN
         while True:
             await self._journalled()  # what an agent knows is never ahead of what survives
@@ -827,6 +827,7 @@ class Service:
             attach = Attach(
                 flow_url=self.url,
                 epoch=handle["epoch"],
+                number=number,
                 acked=self.engine.agents[agent].acked,
                 works=self.engine.attach_vars(agent),
             )

@@ -118,6 +118,8 @@ class WorkVars(Message, frozen=True, kw_only=True):
 class Attach(Message, frozen=True, kw_only=True):
     flow_url: str
     epoch: int
+    number: int = 0
+    """Counts up from server to server: an older one that comes late changes nothing."""
     acked: int = 0
     """The last item number of this (agent, epoch) that the flow has journalled."""
     works: dict[str, WorkVars] = msgspec.field(default_factory=dict)

@@ -194,6 +194,8 @@ class Agent:
         self._contact = steady()
         """When the flow has heard of this agent for sure."""
         self._beat_wake = asyncio.Event()
+        self._attach = 0
+        """The number of the last one."""
         self._shutting_down = False
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -369,6 +371,9 @@ class Agent:
             error = OrchError(f"this is epoch {self.spec.epoch} of agent {self.spec.agent}, not {attach.epoch}")
             error.status = 409
             raise error
+        if attach.number < self._attach:
+            return self.status()
+        self._attach = attach.number
         die_with(0)
         for name, known in attach.works.items():
             work = self.works.get(name)
