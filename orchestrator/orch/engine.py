@@ -467,7 +467,8 @@ class Engine:
         if push.epoch > agent.epoch:
             agent.epoch, agent.acked = push.epoch, 0
         self._heard(agent)
-        results: list[ItemResult] = []
+        # Sent again, because the answer was lost: a script may wait for what was said of its change.
+        results: list[ItemResult] = [] if isinstance(event, Rest) else agent.said_since(push.seq)
         for i, item in enumerate(push.items):
             seq = push.seq + i
             if seq <= agent.acked:
@@ -483,6 +484,7 @@ class Engine:
                 return
             results.append(self._item(item, seq, now))
             agent.acked = seq
+            agent.said.append((agent.epoch, results[-1]))
         if push.items:
             self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
         earlier = event.results if isinstance(event, Rest) else []

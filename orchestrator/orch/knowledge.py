@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from orch.calls import Book, Stage
+from orch.wire import ItemResult
 from orch.work import Status, WorkSpec, WorkView
 
 __all__ = ["KnownAgent", "KnownWork"]
+
+ANSWERS_KEPT = 1_000
 
 
 class KnownWork:
@@ -99,3 +103,8 @@ class KnownAgent:
         self.cut_off = False
         """It was said that this machine reaches nobody."""
         self.acked = 0
+        self.said: deque[tuple[int, ItemResult]] = deque(maxlen=ANSWERS_KEPT)
+        """What was answered to the last items, of which incarnation."""
+
+    def said_since(self, seq: int) -> list[ItemResult]:
+        return [result for epoch, result in self.said if epoch == self.epoch and seq <= result.seq]
