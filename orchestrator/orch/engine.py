@@ -1126,10 +1126,10 @@ class Engine:
         if report is None or (report.call, report.attempt) != (call.id, call.attempt):
             if work.sent_epoch != self.agents[work.agent].epoch and not self.config.shared_records:
                 # Another machine: the incarnation to which it was given may have started it, and it may be running.
-                if call.stage is not Stage.UNKNOWN:
-                    message = f"agent {work.agent} was replaced, and nobody knows what became of the script"
-                    work.book.put(call.move(Stage.UNKNOWN, message=message))
-                    self._touch(work)
+                # (It may be unknown already, for another reason.)
+                message = f"agent {work.agent} was replaced, and nobody knows what became of the script"
+                work.book.put(call.replace(stage=Stage.UNKNOWN, reason=None, message=message))
+                self._touch(work)
                 return
             if work.stopping:
                 self._end(work, call.move(Stage.STOPPED, reason=Reason(work.stopping), finished_at=call.started_at))
@@ -1164,7 +1164,7 @@ class Engine:
             if going and work.stopping and report.stage != "stopping":  # again, if it has got lost
                 self._emit(self._stop_message(work, call.id, call.attempt, Reason(work.stopping)))
             if call.stage in (Stage.PENDING, Stage.UNKNOWN) and report.stage in ("running", "stopping"):
-                work.book.put(call.move(Stage.RUNNING, message="", started_at=call.started_at or now))
+                work.book.put(call.move(Stage.RUNNING, reason=None, message="", started_at=call.started_at or now))
                 self._touch(work)
                 self._wake()
             if report.ready and not work.ready:
