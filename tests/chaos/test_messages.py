@@ -2,7 +2,8 @@
 and agents are killed, and whose clocks run at different speeds; in virtual time, each from one seed.
 
     ORCH_TEST_SEEDS=2000     so many seeds instead of the usual ones
-    ORCH_TEST_SEED=1234      only this one; its trace is written to the file that is named if it fails
+    ORCH_TEST_SEED=1234      only this one, which always lives the same life
+    ORCH_TEST_TRACE=file     where to write what is said in it (without it: beside the failing test)
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from orch.errors import OrchError
 from orch.journal import Journal
 from orch.service import Service
 
-SEEDS = int(os.environ.get("ORCH_TEST_SEEDS", "20"))
+SEEDS = int(os.environ.get("ORCH_TEST_SEEDS", "150"))
 ONLY = os.environ.get("ORCH_TEST_SEED")
-GROUPS = 20
+GROUPS = 15
 STORM = 60.0
 """Virtual seconds in which anything may happen."""
 REST = 400.0
@@ -117,10 +118,11 @@ class Life:
     def behave(self, script: Script) -> Behaviour:
         chance = random.Random(f"{self.seed} {script.key}")
         service = script.work == "service"
+        seconds = chance.choice([0.0, 0.3, 1.0, 4.0, 12.0, 30.0]) if not service else chance.choice([5.0, 1e9, 1e9])
         return Behaviour(
-            seconds=chance.choice([0.0, 0.3, 1.0, 4.0, 12.0, 30.0]) if not service else chance.choice([5.0, 1e9, 1e9]),
+            seconds=seconds,
             code=chance.choice([0, 0, 1]),
-            writes=None if service or script.work == "blocking" else chance.choice([None, 0.05, 0.5, 3.0]),
+            writes=None if service or script.work == "blocking" else chance.choice([None, seconds / 10 + 0.05, 3.0]),
             hears=chance.choice([0.0, 0.0, 1.0, None]),
             lingers=chance.choice([0.0, 0.0, 0.5]),
             listens=chance.choice([0.1, 3.0]) if service else None,
@@ -132,7 +134,8 @@ class Life:
             self.world.fail(f"{script.key} was started twice")
         self.starts[key] = script
         for other in self.world.scripts():
-            if other.work == script.work and other.lives:
+            elsewhere = script.work == "named.a" and other.machine is not script.machine  # another work of that name
+            if other.work == script.work and other.lives and not elsewhere:
                 self.world.fail(f"{script.key} was started while {other.key} lives on {other.machine.name}")
 
     # -- what happens
@@ -181,8 +184,9 @@ class Life:
                     number += 1
                     try:
                         await self.patch("add", "rows/-", [who, number])
-                    except ConnectionResetError:
+                    except (ConnectionResetError, asyncio.CancelledError):
                         self.maybe.add((who, number))
+                        raise
                     else:
                         self.acked[who].append(number)
                 else:
@@ -444,7 +448,6 @@ class Life:
             return world.failures
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("group", range(1 if ONLY else GROUPS))
 def test_whatever_becomes_of_messages(group: int, tmp_path: Path) -> None:
     seeds = [int(ONLY)] if ONLY else range(group, SEEDS, GROUPS)
@@ -461,3 +464,12 @@ def test_whatever_becomes_of_messages(group: int, tmp_path: Path) -> None:
                 + "\n".join(failures[:3])[:4000],
                 pytrace=False,
             )
+
+
+def test_a_seed_always_lives_the_same_life(tmp_path: Path) -> None:
+    def lines(again: int) -> list[str]:
+        life = Life(3, tmp_path / f"life{again}")
+        life.run()
+        return life.world.lines()
+
+    assert lines(0) == lines(1)

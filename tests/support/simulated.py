@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 import contextvars
 import random
+import secrets as real_secrets
 import sys
 import time as real_time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,19 @@ from orch_workers.process import ExitRecord, ProcessSpec, Spawner
 from orch_workers.records import ReadyFile
 from orch_workers.routes import make_app
 
-__all__ = ["KINDS", "AgentProcess", "Behaviour", "Faults", "Machine", "Script", "ServerProcess", "World", "simulation"]
+__all__ = [
+    "KINDS",
+    "AgentProcess",
+    "Behaviour",
+    "Faults",
+    "Machine",
+    "Script",
+    "ServerProcess",
+    "World",
+    "simulate",
+    "simulation",
+    "until",
+]
 
 KINDS = ("push", "heartbeat", "attach", "status", "place", "start", "stop", "forget", "state")
 FATES = ("lost", "refused", "mute", "broken", "twice", "late", "slow", "slow answer")
@@ -96,6 +109,8 @@ class Network:
         self.loop = world.loop
         self.random = random.Random(f"network {world.seed}")
         self.faults = Faults()
+        self.decide: Callable[[Message], str] = lambda message: ""
+        """A fate that is not left to chance."""
         self.endpoints: dict[str, Endpoint] = {}
         self.cuts: dict[tuple[str, bool], float] = {}
         """(machine, up): until when nothing passes."""
@@ -126,8 +141,8 @@ class Network:
 
     def send(self, message: Message) -> asyncio.Future[tuple[int, bytes]]:
         answer: asyncio.Future[tuple[int, bytes]] = self.loop.create_future()
-        fate = "ok"
-        if self.random.random() < self.faults.share.get(message.kind, 0.0):
+        fate = self.decide(message) or "ok"
+        if fate == "ok" and self.random.random() < self.faults.share.get(message.kind, 0.0):
             fate = self.random.choice(FATES)
         self.world.trace.append((self.loop.now, message, fate))
         delay = self._delay(self.faults.slowest if fate == "slow" else 0.0)
@@ -682,6 +697,19 @@ class Console:
         return lambda *args: self.world.note(f"[{name}] {' '.join(map(str, args))}"[:300])
 
 
+class SeededSecrets:
+    """The module `secrets`, for a life that can be repeated."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(f"secrets {seed}")
+
+    def token_urlsafe(self, size: int = 32) -> str:
+        return self._random.randbytes(size).hex()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real_secrets, name)
+
+
 class FakeSocket:
     def __init__(self, port: int) -> None:
         self.port = port
@@ -894,6 +922,7 @@ def simulation(seed: int, *, limit: float = float("inf")) -> Iterator[VirtualLoo
         id(original): (original, double)
         for original, double in [
             (real_time, VirtualTime()),
+            (real_secrets, SeededSecrets(seed)),
             (ThreadPoolExecutor, VirtualExecutor),
             (HttpPeer, Peer),
             (bind_socket, bind),
@@ -918,3 +947,29 @@ def simulation(seed: int, *, limit: float = float("inf")) -> Iterator[VirtualLoo
                 loop.finish()
             finally:
                 asyncio.set_event_loop(None)
+
+
+def simulate(
+    folder: Path, life: Callable[[World], Coroutine[Any, Any, None]], *, flow: type[Flow] = Flow, **does: Any
+) -> World:
+    """A life in virtual time on a good network."""
+
+    def behave(script: Script) -> Behaviour:
+        return Behaviour(**{"seconds": 1e9, **does})
+
+    with simulation(0, limit=1_000.0) as loop:
+        world = World(loop, folder, 0, make_flow=flow, behave=behave)
+        try:
+            loop.run_until_complete(life(world))
+        finally:
+            world.over = True
+        assert not world.failures
+        return world
+
+
+async def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    """The first true value."""
+    async with asyncio.timeout(seconds):
+        while not (value := what()):
+            await asyncio.sleep(0.01)
+    return value
