@@ -83,8 +83,6 @@ EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
 AGENT_TRIES = 3
-ATTACH_WITHIN = 60.0
-"""A lost message must not end an app."""
 SLOW_PASS = 5.0
 UNREADABLE = 422
 """HTTP status of a request that does not fit its message type: nothing of it was done."""
@@ -819,7 +817,7 @@ class Service:
             return await self._launch(agent, newest, 0)
         link.handle = handle
         number = self.engine.know_agent(agent, handle["epoch"])
-        give_up = time.monotonic() + ATTACH_WITHIN
+        told = False
         while True:
             await self._journalled()  # what an agent knows is never ahead of what survives
             link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
@@ -835,12 +833,13 @@ class Service:
                 status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
                 break
             except (OSError, http.client.HTTPException) as error:
-                died = await self._runtime.ended(handle, 1.0)
-                if died or time.monotonic() > give_up:
-                    raise (AgentDied if died else RuntimeLost)(
-                        f"the agent {agent} does not answer ({error})",
-                        hint=f"see {self.folder.logs / f'agent-{agent}.log'}",
-                    ) from error
+                # Not hearing of it is no proof of anything: it may have scripts, and only a network lies between.
+                why = f"the agent {agent} does not answer ({str(error) or type(error).__name__})"
+                if await self._runtime.ended(handle, 1.0):
+                    raise AgentDied(why, hint=f"see {self.folder.logs / f'agent-{agent}.log'}") from error
+                if not told:
+                    self.console.warn(f"{why}: asking it again")
+                    told = True
         if status != 200:
             raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
         crash_point("flow.agent.attached")
