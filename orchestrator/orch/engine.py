@@ -564,7 +564,7 @@ class Engine:
         if call is None:  # given up while its start was under way
             self._emit(self._stop_message(work, item.call, item.attempt, Reason.LOST))
             return
-        if call.stage is Stage.RUNNING:
+        if call.stage is Stage.RUNNING or not work.live:  # (its end is journalled already)
             return
         work.live = True
         first = call.started_at if call.started_at is not None and call.attempt > 1 else item.at
@@ -573,7 +573,7 @@ class Engine:
         self._wake()
 
     def _ready(self, work: KnownWork, item: Ready) -> None:
-        if self._current(work, item.call, item.attempt) is None or work.ready == item.ready:
+        if self._current(work, item.call, item.attempt) is None or not work.live or work.ready == item.ready:
             return
         self._be_ready(work, item.ready, item.at)
 

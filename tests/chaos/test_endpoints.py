@@ -51,7 +51,9 @@ class One(Flow):
 
     def __init__(self) -> None:
         super().__init__()
-        self.job = ScriptWork("true", parallel=True, raise_exception=False, vars={"log": []})
+        self.job = ScriptWork(
+            "true", parallel=True, raise_exception=False, retries=1, retry_delay=100.0, vars={"log": []}
+        )
 
     def run(self) -> None:
         self.job.run()
@@ -293,3 +295,19 @@ def test_a_script_that_was_given_up_while_its_start_was_under_way_is_stopped() -
     push = Push(agent="local", epoch=known.epoch, seq=known.acked + 1, items=[late])
     stops = [i for i in tester.engine.handle(Pushed(push=push), tester.now) if isinstance(i, StopCalls)]
     assert [(stop.call, stop.attempt, stop.reason) for stop in stops[0].calls] == [(CALL, 7, "lost")]
+
+
+def test_an_attempt_whose_end_is_known_does_not_begin_again() -> None:
+    """(A new incarnation of the agent tells everything that it finds in its predecessor's records.)"""
+    tester = AppTester(One())
+    fake = tester.fake("job")
+    fake.run_for, fake.exit_code = 1.0, 1
+    tester.until(lambda: fake.starts and fake.current is None)
+    tester.settle()
+    known = tester.engine.agents["local"]
+    again = [Started(**ABOUT, pid=1, at=1.0), Ready(**ABOUT, at=1.0), Ended(**ABOUT, at=1.0)]
+    push = Push(agent="local", epoch=known.epoch, seq=known.acked + 1, items=again)
+    tester.engine.handle(Pushed(push=push), tester.now)
+    work = tester.engine.works["job"]
+    assert work.book.shown is not None
+    assert (work.book.shown.stage, work.book.shown.exit_code, work.ready) == ("pending", 1, False)
