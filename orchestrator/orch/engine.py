@@ -452,8 +452,8 @@ class Engine:
             by_work.setdefault(name, []).append(relative)
         for name, changes in by_work.items():
             work = self.works[name]
-            if not work.placed and not work.placing:
-                continue
+            if not work.placed and not work.placing and self.agents[work.agent].up:
+                continue  # (one that is being attached may have it: it was told of an older revision)
             seq = origin[1] if origin is not None and origin[0] == name else None
             diff = Diff(work=name, rev=rev, ops=None if seq is not None and as_sent else changes, seq=seq)
             self._emit(SendDiffs(agent=work.agent, diffs=[diff]))
@@ -566,7 +566,6 @@ class Engine:
             return
         if call.stage is Stage.RUNNING or not work.live:  # (its end is journalled already)
             return
-        work.live = True
         first = call.started_at if call.started_at is not None and call.attempt > 1 else item.at
         work.book.put(call.move(Stage.RUNNING, started_at=first, due=None, reason=None, message=""))
         self._touch(work)

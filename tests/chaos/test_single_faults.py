@@ -52,6 +52,11 @@ def nth(kind: str, number: int, fate: str) -> Callable[[Message], str]:
     return decide
 
 
+def seen(world: World, kind: str) -> int:
+    """How many of them have been sent."""
+    return sum(isinstance(entry[1], Message) and entry[1].kind == kind for entry in world.trace)
+
+
 def stage(server: ServerProcess, work: str) -> Any:
     known = server.service.engine.works.get(work) if server.serves and server.service is not None else None
     return None if known is None or known.book.shown is None else known.book.shown.stage
@@ -88,6 +93,41 @@ def test_one_lost_attach_ends_no_app(tmp_path: Path) -> None:
         await settled(world, server, "job")
 
     simulate(tmp_path / "app", life, flow=One)
+
+
+def test_nor_does_a_network_that_is_away_for_long(tmp_path: Path) -> None:
+    async def life(world: World) -> None:
+        server = ServerProcess(world)
+        await until(lambda: server.serves)
+        await settled(world, server, "job")
+        server.kill()
+        world.network.decide = lambda message: "mute" if message.kind == "attach" else ""
+        server = ServerProcess(world)
+        await asyncio.sleep(300.0)
+        world.network.decide = lambda message: ""
+        await settled(world, server, "job")
+        assert [script.lives for script in world.scripts()] == [True]
+
+    simulate(tmp_path / "app", life, flow=One)
+
+
+def test_an_agent_hears_of_what_is_written_while_it_is_attached(tmp_path: Path) -> None:
+    async def life(world: World) -> None:
+        server = ServerProcess(world)
+        await until(lambda: stage(server, "job") == "succeeded")
+        await asyncio.sleep(1.0)  # until that is journalled
+        server.kill()
+        world.network.decide = nth("attach", 1, "slow answer")
+        attaches = seen(world, "attach")
+        server = ServerProcess(world)
+        await until(lambda: seen(world, "attach") > attaches)
+        ops = [{"op": "add", "path": "/works/job/vars/log/-", "value": "late"}]
+        await server.ask(lambda service: service.patch(ops, cause="ui"))
+        agent = world.agents[0].agent
+        assert agent is not None
+        await until(lambda: agent.works["job"].live.view() == {"log": ["late"]})
+
+    simulate(tmp_path / "app", life, flow=One, seconds=0.5)
 
 
 def test_an_agent_is_not_called_stale_before_the_new_server_knows_it(tmp_path: Path) -> None:
