@@ -8,7 +8,7 @@ import socket
 import zlib
 from pathlib import Path
 
-__all__ = ["PREFIX", "draft_in", "sweep"]
+__all__ = ["PREFIX", "draft_in", "process_exists", "sweep"]
 
 PREFIX = ".orch-tmp-"
 
@@ -22,7 +22,7 @@ def sweep(folder: Path) -> None:
     """Remove what processes of this machine have left there that are gone. Another machine's may be at work."""
     for draft in folder.glob(f"{PREFIX}{_host()}-*"):
         pid = draft.name.split("-")[-2]
-        if pid.isdigit() and not _exists(int(pid)):
+        if pid.isdigit() and not process_exists(int(pid)):
             draft.unlink(missing_ok=True)
 
 
@@ -30,7 +30,8 @@ def _host() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether some process of this machine has that pid, a zombie included."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

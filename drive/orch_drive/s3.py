@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orch_drive.crash import crash_point
 from orch_drive.errors import DriveCorrupt, DriveError, DrivePathError, DriveUnavailable
-from orch_drive.storage import Batch, Tick, blob_key, hash_whole, write_all
+from orch_drive.storage import Batch, Tick, Unlocked, blob_key, hash_whole, write_all
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -163,7 +163,7 @@ def _region(client: Any, bucket: str) -> str:
     return found or "us-east-1"
 
 
-class S3Storage:
+class S3Storage(Unlocked):
     """Objects below a prefix of a bucket."""
 
     near = False
@@ -578,14 +578,6 @@ class S3Storage:
     @contextmanager
     def commit_lock(self) -> Iterator[None]:
         yield
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def exclusive(self) -> Iterator[bool]:
-        yield False
 
     def sweep(self) -> None:
         """Uploads that nobody has gone on with for a week."""

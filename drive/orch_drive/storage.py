@@ -34,6 +34,7 @@ __all__ = [
     "LocalStorage",
     "Storage",
     "Tick",
+    "Unlocked",
     "blob_key",
     "copy_hashed",
     "folds_case",
@@ -247,7 +248,38 @@ def hash_whole(fd: int) -> str:
 # ---- local disk --------------------------------------------------------------------------------------------------
 
 
-class LocalStorage:
+class _OneByOne:
+    """What a storage that has no requests for many keys makes of those for one."""
+
+    remove: Callable[[str], None]
+    modified: Callable[[str], float | None]
+    _keys: Callable[[str], list[str]]
+
+    def remove_many(self, keys: list[str]) -> None:
+        for key in keys:
+            self.remove(key)
+
+    def listing(self, prefix: str) -> dict[str, Any]:
+        return dict.fromkeys(self._keys(prefix))
+
+    def ages(self, prefix: str) -> dict[str, float]:
+        found = ((key, self.modified(key)) for key in self._keys(prefix))
+        return {key: when for key, when in found if when is not None}
+
+
+class Unlocked:
+    """A storage in which nobody can be locked out."""
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def exclusive(self) -> Iterator[bool]:
+        yield False
+
+
+class LocalStorage(_OneByOne):
     """A folder. Locks are flock, so a killed process holds none."""
 
     near = True
@@ -312,17 +344,6 @@ class LocalStorage:
     def remove(self, key: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self._at(key))
-
-    def remove_many(self, keys: list[str]) -> None:
-        for key in keys:
-            self.remove(key)
-
-    def listing(self, prefix: str) -> dict[str, Any]:
-        return dict.fromkeys(self._keys(prefix))
-
-    def ages(self, prefix: str) -> dict[str, float]:
-        found = ((key, self.modified(key)) for key in self._keys(prefix))
-        return {key: when for key, when in found if when is not None}
 
     def _keys(self, prefix: str) -> list[str]:
         out: list[str] = []
@@ -546,7 +567,7 @@ def _opened(path: str) -> Iterator[int]:
 _memory_lock = threading.RLock()
 
 
-class FsspecStorage:
+class FsspecStorage(_OneByOne, Unlocked):
     """Any fsspec URL. The garbage collector goes by age here, for nothing can be locked."""
 
     def __init__(self, url: str) -> None:
@@ -593,17 +614,6 @@ class FsspecStorage:
     def remove(self, key: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(self._at(key))
-
-    def remove_many(self, keys: list[str]) -> None:
-        for key in keys:
-            self.remove(key)
-
-    def listing(self, prefix: str) -> dict[str, Any]:
-        return dict.fromkeys(self._keys(prefix))
-
-    def ages(self, prefix: str) -> dict[str, float]:
-        found = ((key, self.modified(key)) for key in self._keys(prefix))
-        return {key: when for key, when in found if when is not None}
 
     def _keys(self, prefix: str) -> list[str]:
         self._fs.invalidate_cache()
@@ -706,14 +716,6 @@ class FsspecStorage:
             return
         with _memory_lock:  # fsspec's memory file system looks and writes in two steps
             yield
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def exclusive(self) -> Iterator[bool]:
-        yield False
 
     def sweep(self) -> None:
         horizon = time.time() - _TMP_AGE

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 
 from orch.errors import UsageError
 from orch_drive.crash import crash_point, once_in
+from orch_drive.drafts import process_exists
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
@@ -116,18 +117,8 @@ def sweep_drafts(folder: Path) -> None:
     """Remove the drafts (`*.<pid>.tmp`) that killed processes have left in a folder."""
     for draft in folder.glob("*.tmp"):
         pid = draft.name.split(".")[-2]
-        if pid.isdigit() and not _exists(int(pid)):
+        if pid.isdigit() and not process_exists(int(pid)):
             draft.unlink(missing_ok=True)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1292,6 +1292,8 @@ class Service:
         return text
 
     def refuse_secrets(self, value: Any, where: str) -> None:
+        if not self._secret_forms:
+            return
         data = value if isinstance(value, bytes) else msgspec.json.encode(value)
         for name, forms in self._secret_forms.items():
             if any(form.encode() in data for form in forms):

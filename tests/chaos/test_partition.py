@@ -117,8 +117,7 @@ def remote(app_folder: Callable[..., Path], options: str, seed: int = 0) -> Iter
             app.until(lambda: len(app.ticks()) > 20)
             yield network, app
         finally:
-            for one in network.links.values():
-                one.cut, one.loss, one.delay = False, 0.0, 0.0
+            heal(network)
             left = flow.call(app.close)
         assert not left, left
 

@@ -97,26 +97,26 @@ def here() -> Party | None:
     return _PARTY.get()
 
 
-class _Handle(asyncio.Handle):
+class _Parking:
+    """What a party that is held would do waits until it is released."""
+
     __slots__ = ()
+    _context: Context
 
     def _run(self) -> None:
-        party = self._context.get(_PARTY)  # type: ignore[attr-defined]
+        party = self._context.get(_PARTY)
         if party is not None and not party.runs:
-            party.park(self)
+            party.park(self)  # type: ignore[arg-type]
         else:
             super()._run()  # type: ignore[misc]
 
 
-class _Timer(asyncio.TimerHandle):
+class _Handle(_Parking, asyncio.Handle):
     __slots__ = ()
 
-    def _run(self) -> None:
-        party = self._context.get(_PARTY)  # type: ignore[attr-defined]
-        if party is not None and not party.runs:
-            party.park(self)
-        else:
-            super()._run()  # type: ignore[misc]
+
+class _Timer(_Parking, asyncio.TimerHandle):
+    __slots__ = ()
 
 
 class _Jump(selectors.SelectSelector):

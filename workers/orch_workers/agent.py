@@ -330,13 +330,13 @@ class Agent:
     async def _heartbeat(self) -> None:
         """Leases and the orphan guard count from the last answer of the flow: without news there is no answer."""
         while True:
-            leases = self._leases()
-            if not leases and self.spec.orphan_timeout is None:
+            orphaned = self.spec.orphan_timeout
+            limits = [*self._leases(), *([] if orphaned is None else [orphaned])]
+            if not limits:
                 self._beat_wake.clear()
                 await self._beat_wake.wait()
                 continue
             await self._outbox.beat()
-            limits = [*leases, *([] if self.spec.orphan_timeout is None else [self.spec.orphan_timeout])]
             period = min([BEAT, *(limit / 4 for limit in limits)])
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._beat_wake.wait(), max(BEAT_LEAST, period))

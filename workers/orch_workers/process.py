@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orch.paths import write_atomic
 from orch_drive import crash
 from orch_drive.crash import crash_point
 from orch_workers import waiter, zygote
@@ -502,9 +503,7 @@ class Spawner:
 
     def note_contact(self, at: float) -> None:
         """The flow was in contact at `at` (seconds, `waiter.steady`): what leases count from. Raises OSError."""
-        draft = self._contact.with_name(f"{self._contact.name}.tmp")
-        draft.write_text(repr(at))  # not synced: after a power cut there is nothing to stop
-        draft.rename(self._contact)
+        write_atomic(self._contact, repr(at).encode())
 
     async def aclose(self) -> None:
         """Stops the fork servers; what they started goes on."""
