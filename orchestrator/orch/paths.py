@@ -43,6 +43,7 @@ __all__ = [
     "FolderLock",
     "KnownApp",
     "ServerInfo",
+    "agent_spec_file",
     "known_apps",
     "sweep_drafts",
     "write_atomic",
@@ -111,6 +112,11 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o600, point: str = "")
         raise OSError(error.errno, error.strerror, str(path)) from error
     if point:
         crash_point(point, "renamed")
+
+
+def agent_spec_file(run: Path, agent: str) -> Path:
+    """What an agent is started from, written before it is: a former incarnation that is told of its end looks here."""
+    return run / f"agent-{agent}.spec"
 
 
 def sweep_drafts(folder: Path) -> None:

@@ -22,6 +22,8 @@ from victims import (
     starts,
 )
 
+from orch_workers.records import Records
+
 Apps = Callable[..., RunningApp]
 
 APP = """
@@ -164,6 +166,15 @@ def test_an_agent_that_nobody_has_attached_to_ends_with_its_server(orch_app: App
     victim.go(["work"])
     app.wait_state("/works/work/status/stage", lambda stage: stage == "succeeded")
     assert len(starts(app)) == 1
+
+
+def test_a_former_agent_finds_what_its_successor_is_started_from(orch_app: Apps) -> None:
+    app = orch_app(STUBBORN)
+    app.wait_state("/works/w/status/stage", lambda stage: stage == "running")
+    epoch = agent_record(app)["epoch"]
+    (app.folder / ".orch/run/agent-local.json").unlink()  # the spec alone must tell it: it is written first
+    records = Records(app.folder / ".orch/run", "local")
+    assert records.successor(epoch - 1) and not records.successor(epoch)
 
 
 def test_a_stop_that_was_answered_is_not_undone_by_the_servers_death(orch_app: Apps) -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from fake_flow import TOKEN, FakeFlow, alive, flow_with_agent
 
+from orch.paths import agent_spec_file
 from orch.wire import Diff, Ended, Forget, Progress, Ready, Started, VarOps
 from orch_workers import agent
 
@@ -384,7 +385,7 @@ async def test_sigterm_and_a_successor_leave_scripts_alone(flow: FakeFlow) -> No
     assert (flow.orch_dir / "run" / "agent-local.json").exists()  # the script looks for an agent on that port
     flow.acked = 0
     await flow.start_agent()
-    (flow.orch_dir / "run" / "agent-local.spec").write_text('{"epoch": 3}')
+    agent_spec_file(flow.orch_dir / "run", "local").write_text('{"epoch": 3}')
     flow.epoch = 3  # somebody newer has taken over
     await flow.place("x")
     await flow.start("x", "sleep 60")

@@ -31,7 +31,7 @@ from orch.app import App
 from orch.cli.options import RunOptions
 from orch.errors import RuntimeLost
 from orch.flow import Flow
-from orch.paths import AppFolder
+from orch.paths import AppFolder, agent_spec_file
 from orch.peer import HttpPeer
 from orch.runtimes.base import Handle
 from orch.server import open_routes
@@ -634,7 +634,7 @@ class SimRuntime:
         assert server is not None
         machine = world.machines[0] if self.shared_records else world.machine()
         (machine.folder / "run").mkdir(parents=True, exist_ok=True)
-        (machine.folder / "run" / f"agent-{spec.agent}.spec").write_bytes(encode(spec))
+        agent_spec_file(machine.folder / "run", spec.agent).write_bytes(encode(spec))
         world.handles.pop(spec.agent, None)
         process = AgentProcess(world, machine, msgspec.structs.replace(spec, orch_dir=str(machine.folder)), server)
         self._launched.append(process)

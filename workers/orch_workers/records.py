@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from orch.calls import number_of
-from orch.paths import write_atomic
+from orch.paths import agent_spec_file, write_atomic
 from orch.wire import Ended, Message, Place, Progress, Published, StartCall, decode, encode
 
 __all__ = ["AttemptRecord", "PlaceRecord", "ReadyFile", "Records", "key_of", "order_of"]
@@ -111,7 +111,7 @@ class Records:
 
     def successor(self, epoch: int) -> bool:
         """Whether a newer incarnation is here, or is being started: its spec is written before it is."""
-        for name in (self.ready_file, self._run / f"agent-{self._agent}.spec"):
+        for name in (self.ready_file, agent_spec_file(self._run, self._agent)):
             try:
                 if decode(_Incarnation, name.read_bytes()).epoch > epoch:
                     return True

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from orch.errors import RuntimeLost
-from orch.paths import write_atomic
+from orch.paths import agent_spec_file, write_atomic
 from orch.processes import find, send, wait_gone
 from orch.runtimes.base import AgentDied, Handle
 from orch.wire import AgentSpec, encode
@@ -41,7 +41,7 @@ class LocalRuntime:
         return self._run / f"agent-{agent}.json"
 
     async def launch(self, spec: AgentSpec) -> Handle:
-        spec_file = self._run / f"{spec.agent}.spec"
+        spec_file = agent_spec_file(self._run, spec.agent)
         write_atomic(spec_file, encode(spec), mode=0o600, point="flow.spec")
         # What a former incarnation wrote stays until this one replaces it: scripts know its port.
         ready = self.ready_file(spec.agent)
