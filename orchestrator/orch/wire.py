@@ -91,8 +91,17 @@ class AgentSpec(Message, frozen=True, kw_only=True):
     drive_url: str = ""
     bind: str = "127.0.0.1"
     port: int = 0
+    work: str = ""
+    """The one Work that it is for; empty: all that are placed on its machine."""
+    compute: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The fields of the Work's CloudCompute: what the machine has to have."""
+    build: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The fields of the Work's BuildConfig: what the environment has to have."""
     launcher: int = 0
     """Pid of who starts it: until somebody has attached, the agent lives no longer than that process (Linux)."""
+    bound: bool = False
+    """It lives no longer than its launcher even then, and neither do its scripts: the launcher is the place that an
+    engine has given them, and frees what they hold when it ends."""
     orphan_timeout: float | None = None
     protocol: int = PROTOCOL
 
