@@ -18,9 +18,10 @@ import msgspec
 
 from orch.calls import RETRIED, Call, Reason, Stage, call_key, json_arguments, number_of
 from orch.contact import UNKNOWN_AFTER, Contacts, lease_for
-from orch.errors import CallError, NotFound, OrchError, StaleEpoch, StateMismatch
+from orch.errors import CallError, NotFound, OrchError, StaleEpoch, StateForbidden, StateMismatch
 from orch.events import (
     AgentFailed,
+    AgentGone,
     AgentPolled,
     AgentUp,
     ApiRequest,
@@ -43,6 +44,7 @@ from orch.events import (
     PlaceWorks,
     PollAgent,
     Pushed,
+    ReleaseAgent,
     ReloadProgram,
     ReplaceAgent,
     Reply,
@@ -56,6 +58,7 @@ from orch.events import (
     Shown,
     StartAnswered,
     StartCalls,
+    Steady,
     StopApp,
     StopCalls,
     StopWork,
@@ -67,6 +70,7 @@ from orch.schedule import following
 from orch.scripts import argument_error, split_arguments
 from orch.state import StateTree, copy_json, parse_pointer, split_pointer
 from orch.wire import (
+    LOCAL,
     AgentStatus,
     ComponentRecord,
     Diff,
@@ -104,7 +108,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     run: int
     base_url: str
     """http://127.0.0.1:7501, without a slash at the end."""
-    agent_of: Callable[[WorkSpec], str] = lambda spec: "local"
+    agent_of: Callable[[WorkSpec], str] = lambda spec: LOCAL
+    """LOCAL: placed beside all others. Else an agent for this Work alone, launched when it is needed."""
     work_token: Callable[[str], str] = lambda name: ""
     forget_token: Callable[[str], None] = lambda name: None
     """A work was removed: what comes back under its name has another token."""
@@ -114,6 +119,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     """What the pages' own servers get besides."""
     shared_records: bool = True
     """A new incarnation of an agent finds what the one before has written down, wherever it is."""
+    idle_timeout: float = 60.0
+    """Seconds after which a finished Work's own place is given back, if its CloudCompute does not say."""
     redact: Callable[[Any, str], None] | None = None
     """Raises when a secret's value is among what is to be stored: (value, where)."""
     hide: Callable[[str], str] = lambda text: text
@@ -140,6 +147,8 @@ class Engine:
         """Of a resumed run: the pages' servers, until the first pass declares them."""
         self._attaches: dict[str, int] = {}
         """By agent: the number of the last attach."""
+        self._doubts: dict[str, float | None] = {}
+        """Works whose script may be running where nobody can ask: since when (steady clock) its lease runs out."""
         self._said: dict[str, list[Any]] = {}
         """By work: call, attempt and number of its process's last change."""
         self.passes = 0
@@ -193,6 +202,14 @@ class Engine:
 
     def _all(self) -> list[KnownWork]:
         return [*self.works.values(), *self.hidden.values()]
+
+    def _apart(self, work: KnownWork) -> bool:
+        """Whether it has a place of its own."""
+        return work.agent != LOCAL
+
+    def work_of(self, agent: str) -> WorkSpec | None:
+        """The Work that an agent of its own is for."""
+        return next((work.spec for work in self._all() if work.agent == agent), None)
 
     def find(self, name: str) -> KnownWork:
         work = self.works.get(name) or self.works.get(name.removeprefix("root.")) or self.hidden.get(name)
@@ -337,6 +354,8 @@ class Engine:
                 due = work.book.calls[current].due
                 if due is not None:
                     dues.append(due)
+            if work.release_at is not None and self._alive:
+                dues.append(work.release_at)
         if self._woken and self._only_own and self._own > OWN_PASSES:
             dues.append(self._own_at + OWN_PAUSE)
         if self._stop_deadline is not None:
@@ -385,6 +404,8 @@ class Engine:
             PassEnded: self._pass_ended,
             AgentUp: self._agent_up,
             AgentFailed: self._agent_failed,
+            AgentGone: self._agent_gone,
+            Steady: self._steady,
             PlacedWorks: self._placed_works,
             StartAnswered: self._start_answered,
             AgentPolled: self._agent_polled,
@@ -452,7 +473,9 @@ class Engine:
             by_work.setdefault(name, []).append(relative)
         for name, changes in by_work.items():
             work = self.works[name]
-            if not work.placed and not work.placing and self.agents[work.agent].up:
+            agent = self.agents[work.agent]
+            nowhere = self._apart(work) and not (agent.launching or agent.expected)
+            if not work.placed and not work.placing and (agent.up or nowhere):
                 continue  # (one that is being attached may have it: it was told of an older revision)
             seq = origin[1] if origin is not None and origin[0] == name else None
             diff = Diff(work=name, rev=rev, ops=None if seq is not None and as_sent else changes, seq=seq)
@@ -482,7 +505,7 @@ class Engine:
                 self._deferred.appendleft(Rest(ticket=event.ticket, push=rest, results=results))
                 self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
                 return
-            results.append(self._item(item, seq, now))
+            results.append(self._item(item, seq, now, push.agent))
             agent.acked = seq
             agent.said.append((agent.epoch, results[-1]))
         if push.items:
@@ -491,22 +514,24 @@ class Engine:
         notable = [result for result in [*earlier, *results] if result.rev or result.error]
         self._answer(event, PushReply(acked=agent.acked, results=notable))
 
-    def _item(self, item: Item, seq: int, now: float) -> ItemResult:
+    def _item(self, item: Item, seq: int, now: float, agent: str) -> ItemResult:
         try:
+            if self._agent_of(item.work, agent) != agent:
+                raise StateForbidden(f"agent {agent} has nothing to say about {item.work}")
             rev = self._report(item, seq, now)
         except OrchError as error:
             hint = f" - {error.hint}" if error.hint else ""
             self._emit(Note(level="warning", text=f"{item.work}: a change was refused: {error.message}{hint}"))
             if isinstance(item, VarOps):
-                self._emit(SendDiffs(agent=self._agent_of(item.work), diffs=[
+                self._emit(SendDiffs(agent=agent, diffs=[
                     Diff(work=item.work, rev=self.tree.rev, ops=[], seq=seq)
                 ]))  # fmt: skip
             return ItemResult(seq=seq, error=error.message + hint, status=error.status)
         return ItemResult(seq=seq, rev=rev)
 
-    def _agent_of(self, work: str) -> str:
+    def _agent_of(self, work: str, unknown: str = LOCAL) -> str:
         known = self.works.get(work) or self.hidden.get(work)
-        return known.agent if known is not None else "local"
+        return known.agent if known is not None else unknown
 
     def _report(self, item: Item, seq: int, now: float) -> int:
         work = self.works.get(item.work) or self.hidden.get(item.work)
@@ -700,6 +725,7 @@ class Engine:
         book = work.book
         if book.current is None:
             if not book.queue:
+                self._idle(work, now)
                 return
             if not work.placed:
                 self._place(work)
@@ -716,7 +742,7 @@ class Engine:
                 self._place(work)
                 return
         launched = book.put(call.replace(attempt=call.attempt + 1, due=None, finished_at=None))
-        work.live = True
+        work.live, work.release_at = True, None
         work.sent_epoch = self.agents[work.agent].epoch
         work.ready = False
         self._durable = True
@@ -763,11 +789,34 @@ class Engine:
         work.placing = True
         agent = self.agents[work.agent]
         if not agent.up:
-            if not agent.launching:
+            if not agent.launching and not agent.expected:
                 agent.launching = True
+                self._touch(work)
                 self._emit(LaunchAgent(agent=agent.name))
             return
         self._emit(PlaceWorks(agent=agent.name, works=[self._place_message(work)]))
+
+    def _idle(self, work: KnownWork, now: float) -> None:
+        """It has finished and nothing waits: a place of its own is given back after a while."""
+        if self._apart(work) and work.placed and work.book.calls and work.release_at is None:
+            idle = work.spec.compute.get("idle_timeout")
+            work.release_at = now + (self.config.idle_timeout if idle is None else idle)
+
+    def _release(self, work: KnownWork, grace: float = 0.0) -> None:
+        """From the moment in which this is journalled, its agent is refused."""
+        agent = self.agents[work.agent]
+        agent.epoch, agent.acked = agent.epoch + 1, 0
+        agent.up = agent.launching = agent.expected = agent.silent = False
+        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
+        self._unplace(work)
+        self.contacts.forget(agent.name)
+        self._emit(ReleaseAgent(agent=agent.name, epoch=agent.epoch, grace=grace))
+
+    def _unplace(self, work: KnownWork) -> None:
+        work.placed = work.placing = False
+        work.release_at = None
+        work.host, work.port = work.spec.host or "", work.spec.port  # the next machine has other free ports
+        self._touch(work)
 
     def _place_message(self, work: KnownWork) -> Place:
         values = {} if work.spec.hidden else self.tree.get(work.spec.pointer + "/vars")
@@ -1079,7 +1128,11 @@ class Engine:
         self._dirty.pop(name, None)
         self._fact("work", name, None)
         self.config.forget_token(name)
-        if work.placed or work.placing:
+        if self._apart(work):
+            self._release(work, work.spec.grace if work.live else 0.0)
+            del self.agents[work.agent]
+            self._fact("agent", work.agent, None)
+        elif work.placed or work.placing:
             self._emit(ForgetWorks(agent=work.agent, works=[name], rev=self.tree.rev))
 
     # -- agents
@@ -1087,7 +1140,9 @@ class Engine:
         agent = self.agents.setdefault(event.agent, KnownAgent(event.agent))
         if event.epoch != agent.epoch:
             agent.epoch, agent.acked = event.epoch, 0
-        agent.up, agent.launching = True, False
+        agent.up, agent.launching, agent.expected = True, False, False
+        unrecorded = 0 if self.config.shared_records else event.epoch
+        agent.since, agent.dead = unrecorded if event.since is None else event.since, event.dead
         self.contacts.know(agent.name, event.host)
         self._heard(agent)
         self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
@@ -1123,26 +1178,34 @@ class Engine:
         if call is None or not work.live:
             return
         if report is None or (report.call, report.attempt) != (call.id, call.attempt):
-            if work.sent_epoch != self.agents[work.agent].epoch and not self.config.shared_records:
+            agent = self.agents[work.agent]
+            recorded = work.sent_epoch >= agent.since
+            if not recorded and not agent.dead:
                 # Another machine: the incarnation to which it was given may have started it, and it may be running.
                 # (It may be unknown already, for another reason.)
                 message = f"agent {work.agent} was replaced, and nobody knows what became of the script"
                 work.book.put(call.replace(stage=Stage.UNKNOWN, reason=None, message=message))
                 self._touch(work)
+                if work.spec.on_lost != "wait":
+                    self._doubts[work.spec.name] = None
+                return
+            if not recorded and not work.stopping:
+                self._lost(work, call, "its place is gone, and the script with it", now)
                 return
             if work.stopping:
                 self._end(work, call.move(Stage.STOPPED, reason=Reason(work.stopping), finished_at=call.started_at))
                 work.live = False
                 return
             if call.stage is not Stage.PENDING:
-                gone = "the agent has no record of the script any more"
-                ended = Ended(
-                    work=work.spec.name, call=call.id, attempt=call.attempt, at=now, reason="lost", message=gone
-                )
-                self._ended(work, ended, now)
+                self._lost(work, call, "the agent has no record of the script any more", now)
                 return
             self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, call)]))
             self._emit(PollAgent(agent=work.agent))  # it may have it already, and say nothing about it any more
+
+    def _lost(self, work: KnownWork, call: Call, why: str, now: float) -> None:
+        """The attempt has ended, and nobody knows how."""
+        name, reason = work.spec.name, str(Reason.LOST)
+        self._ended(work, Ended(work=name, call=call.id, attempt=call.attempt, at=now, reason=reason, message=why), now)
 
     def _reconcile(self, status: AgentStatus, now: float) -> None:
         """A poll's facts are the items' facts; those that were not seen yet take effect here."""
@@ -1170,15 +1233,59 @@ class Engine:
                 self._be_ready(work, True, now)
 
     def _agent_failed(self, event: AgentFailed, now: float) -> None:
-        agent = self.agents[event.agent]
-        agent.up = agent.launching = False
+        agent = self.agents.get(event.agent)
+        if agent is None:
+            return
+        agent.up = agent.launching = agent.expected = False
         for work in self._all():
-            if work.agent == agent.name and work.placing:
-                work.placing = False
-                work.failed_to_place = event.message
-                self._touch(work)
-        if self._alive:
+            if work.agent != agent.name or not work.placing:
+                continue
+            work.placing = False
+            work.failed_to_place = event.message
+            self._touch(work)
+            self._wake()
+            if self._apart(work):
+                self._place_failed(work, event.message, now, Reason(event.reason))
+        if self._alive and agent.name == LOCAL:
             self._fail_app(f"agent {event.agent} cannot be placed: {event.message}", now)
+        self._maybe_exit(now)
+
+    def _agent_gone(self, event: AgentGone, now: float) -> None:
+        agent = self.agents.get(event.agent)
+        if agent is None or event.epoch <= agent.epoch:
+            return
+        agent.epoch, agent.acked = event.epoch, 0
+        agent.up = agent.launching = agent.expected = agent.silent = False
+        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
+        self.contacts.forget(agent.name)
+        for work in [work for work in self._all() if work.agent == agent.name]:
+            waits = work.placing
+            self._unplace(work)
+            current = work.book.current
+            if work.live and current is not None:
+                self._lost(work, work.book.calls[current], event.message, now)
+            elif waits:
+                self._place(work)
+        self._wake()
+
+    def _steady(self, event: Steady, now: float) -> None:
+        """Leases of scripts that nobody can ask about: when they are over, so are the scripts."""
+        for name, since in list(self._doubts.items()):
+            work = self.works.get(name) or self.hidden.get(name)
+            call = None if work is None or work.book.current is None else work.book.calls[work.book.current]
+            if work is None or call is None or call.stage is not Stage.UNKNOWN or not work.live:
+                del self._doubts[name]
+            elif since is None:
+                self._doubts[name] = event.clock
+            elif event.clock - since >= work.spec.lost_after and self._alive:
+                del self._doubts[name]
+                self._give_up(work, now)
+                self._advance(work, now)
+
+    @property
+    def waits_for_leases(self) -> bool:
+        """Whether `Steady` is wanted."""
+        return bool(self._doubts)
 
     def _placed_works(self, event: PlacedWorks, now: float) -> None:
         for placed in event.placed:
@@ -1198,10 +1305,10 @@ class Engine:
                 self._resend(work, None, now)
             self._advance(work, now)
 
-    def _place_failed(self, work: KnownWork, message: str, now: float) -> None:
+    def _place_failed(self, work: KnownWork, message: str, now: float, reason: Reason = Reason.EXCEPTION) -> None:
         for waiting in [*work.book.queue, *([work.book.current] if work.book.current else [])]:
             call = work.book.calls[waiting]
-            self._end(work, call.move(Stage.FAILED, reason=Reason.EXCEPTION, message=message, finished_at=now))
+            self._end(work, call.move(Stage.FAILED, reason=reason, message=message, finished_at=now, due=None))
         if work.spec.raise_exception and work.book.calls:
             self._fail_app(f"{work.spec.name} failed: {message}", now, work.spec.name, message)
 
@@ -1225,13 +1332,15 @@ class Engine:
                 )
 
     def _agent_polled(self, event: AgentPolled, now: float) -> None:
-        agent = self.agents[event.agent]
+        agent = self.agents.get(event.agent)
+        if agent is None:
+            return
         if event.status is not None:
             if event.status.epoch == agent.epoch:  # else it is the answer of one that was replaced meanwhile
                 self._heard(agent)
                 self._reconcile(event.status, now)
             return
-        if not agent.up:
+        if not agent.up and not agent.expected:
             return
         self.contacts.missed(agent.name, event.silence, event.clock)
         live = [work for work in self._all() if work.agent == agent.name and work.live]
@@ -1297,10 +1406,12 @@ class Engine:
     def _replace(self, agent: KnownAgent) -> None:
         """From the moment in which this is journalled, the old incarnation is refused."""
         agent.epoch, agent.acked = agent.epoch + 1, 0
-        agent.up, agent.launching = False, True
+        agent.up, agent.launching, agent.expected = False, True, False
         self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
         for work in self._all():
             if work.agent == agent.name and work.placed:
+                if self._apart(work):
+                    self._unplace(work)
                 work.placed, work.placing = False, True
         self._emit(ReplaceAgent(agent=agent.name, epoch=agent.epoch))
 
@@ -1330,6 +1441,8 @@ class Engine:
 
     def _tick(self, event: Tick, now: float) -> None:
         for work in self._all():
+            if work.release_at is not None and work.release_at <= now:
+                self._release(work)
             current = work.book.current
             if current is not None and not work.live:
                 due = work.book.calls[current].due

@@ -60,6 +60,11 @@ class OrchError(Exception):
     def message(self) -> str:
         return str(self.args[0])
 
+    @property
+    def line(self) -> str:
+        """Message and hint in one."""
+        return f"{self.message} - {self.hint}" if self.hint else self.message
+
 
 class UsageError(OrchError):
     """The command cannot be used like this."""

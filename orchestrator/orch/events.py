@@ -118,11 +118,32 @@ class AgentUp(Event, frozen=True, kw_only=True):
     """The state that it was told of; None: the present one."""
     host: str = ""
     """The machine that it is on."""
+    since: int | None = None
+    """The first incarnation whose records it has; None: as `Config.shared_records` says."""
+    dead: bool = False
+    """What it has no records of has ended for certain: with its place."""
 
 
 class AgentFailed(Event, frozen=True, kw_only=True):
+    """It could not be placed."""
+
     agent: str
     message: str
+    reason: str = "exception"
+
+
+class AgentGone(Event, frozen=True, kw_only=True):
+    """Its place has ended, and with it everything that ran there: that is certain."""
+
+    agent: str
+    epoch: int
+    message: str
+
+
+class Steady(Event, frozen=True, kw_only=True):
+    """The time on a clock that nobody sets, about once a second while `Engine.waits_for_leases`."""
+
+    clock: float
 
 
 class PlacedWorks(Event, frozen=True, kw_only=True):
@@ -187,7 +208,19 @@ class RunMethod(Instruction, frozen=True, kw_only=True):
 
 
 class LaunchAgent(Instruction, frozen=True, kw_only=True):
+    """Place an agent for the one Work that it is for."""
+
     agent: str
+
+
+class ReleaseAgent(Instruction, frozen=True, kw_only=True):
+    """Its Work needs it no more: end what runs there, and give the place back."""
+
+    agent: str
+    epoch: int
+    """Whatever it says with an older one is refused from now on."""
+    grace: float
+    """Seconds that its script may take to end."""
 
 
 class ReplaceAgent(Instruction, frozen=True, kw_only=True):

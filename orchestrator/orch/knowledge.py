@@ -32,6 +32,8 @@ class KnownWork:
         """The current call's attempt was handed to the agent and has not ended."""
         self.sent_epoch = 0
         """The incarnation of the agent to which it was handed."""
+        self.release_at: float | None = None
+        """It has finished: when its place is given back."""
         self.ready = False
         self.ready_at: float | None = None
         self.stopping: str = ""
@@ -98,6 +100,11 @@ class KnownAgent:
         self.epoch = 0
         self.up = False
         self.launching = False
+        self.expected = False
+        """An earlier server knew it: it may live, and is being asked."""
+        self.since = 0
+        self.dead = False
+        """See `AgentUp`."""
         self.silent = False
         """Contact is lost: nothing is known of its Works."""
         self.cut_off = False

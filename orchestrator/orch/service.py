@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import http.client
 import logging
 import os
 import secrets as random_secrets
@@ -21,15 +20,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -38,30 +35,17 @@ from orch._version import __version__
 from orch.engine import NO_RECORD, Config, Engine
 from orch.errors import JournalError, NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
 from orch.journal import KEPT_RUNS, Batch, Journal, Revision
+from orch.links import Links
 from orch.loader import load_app
 from orch.logtail import LogTail, last_lines, showable
 from orch.paths import AppFolder, ServerInfo
-from orch.peer import HttpPeer
 from orch.program import Program, with_calls
-from orch.runtimes.base import AgentDied, Handle, Runtime
+from orch.runtimes.base import Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.server.backend import ApiRoute, Event, StaticTarget, UpstreamTarget, ViewTarget, WaitingTarget
 from orch.server.sockets import bind_socket
 from orch.state import copy_json, format_pointer
-from orch.wire import (
-    AgentSpec,
-    AgentStatus,
-    Attach,
-    Forget,
-    Op,
-    Placed,
-    Push,
-    PushReply,
-    Shutdown,
-    StartReply,
-    decode,
-    encode,
-)
+from orch.wire import LOCAL, AgentSpec, AgentStatus, Forget, Op, Push, PushReply
 from orch.work import WorkSpec
 from orch_drive.crash import crash_point
 
@@ -75,17 +59,11 @@ __all__ = ["ConsoleLike", "Service", "serve"]
 
 log = logging.getLogger(__name__)
 
-POLL_EVERY = 2.0
-POLL_TIMEOUT = 5.0
-"""A slow link is no dead one."""
 EVENTS_KEPT = 10_000
 EVENT_RESERVE = 100_000
 LOG_EVERY = 0.2
 AGENT_STOP = 5.0
-AGENT_TRIES = 3
 SLOW_PASS = 5.0
-UNREADABLE = 422
-"""HTTP status of a request that does not fit its message type: nothing of it was done."""
 
 
 class ConsoleLike(Protocol):
@@ -115,7 +93,7 @@ def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike, runtime:
     except OrchError as error:
         if not service.in_pass:
             raise
-        console.error(_line(error))
+        console.error(error.line)
         code = 1
     if service.in_pass:
         # A thread cannot be ended, and Python would wait for it.
@@ -123,32 +101,6 @@ def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike, runtime:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-@dataclass
-class _Link:
-    """The ordered stream of requests to one agent: sent one after another, equal neighbours in one request."""
-
-    agent: str
-    peer: HttpPeer
-    handle: Handle | None = None
-    queue: deque[tuple[str, Any]] = field(default_factory=deque)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    heard: float = 0.0
-    """When it gave the last sign of life (monotonic), and when it was last asked for one."""
-    asked: float = 0.0
-    unanswered: float | None = None
-    """Since when it has been asked in vain."""
-    poll: asyncio.Task[None] | None = None
-    poll_peer: HttpPeer = field(default_factory=lambda: HttpPeer(POLL_TIMEOUT, name="orch-poll"))
-    attached: bool = False
-    ask: bool = False
-    """Its status is wanted although it pushes."""
-    ending: bool = False
-    """Given up, and being ended."""
-    singly: int = 0
-    """So many requests go one at a time: the agent could not read one of them."""
-    task: asyncio.Task[None] = field(init=False)
 
 
 class Service:
@@ -179,7 +131,6 @@ class Service:
         self._inbox: asyncio.Queue[e.Event] = asyncio.Queue()
         self._tickets = count(1)
         self._futures: dict[int, asyncio.Future[Any]] = {}
-        self._links: dict[str, _Link] = {}
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._event_id = 0
         self._event_reserved = 0
@@ -192,20 +143,19 @@ class Service:
         self._pass_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-pass")
         self._pass_ident = 0
         self.in_pass = False
-        self._epochs: dict[str, int] = {}
         self._earlier_secrets: dict[int, list[str]] = {}
         """By run, whose values are not known any more."""
         self._exit_kill = False
         self._routes: list[ApiRoute] = []
-        self._agent_tokens: dict[str, str] = {}
         self._work_tokens: dict[str, str] = {}
         self._runtime = runtime
+        self._local: Runtime = runtime if not runtime.own_places else LocalRuntime(folder.run, folder.logs)
 
     # Made when the loop runs: they belong to it.
     _exit: asyncio.Event
     _begun: asyncio.Event
     _first_pass: asyncio.Event
-    _group: asyncio.TaskGroup
+    _links: Links
     journal: Journal
     program: Program
     engine: Engine
@@ -222,7 +172,8 @@ class Service:
             previous = self._choose_run()
             sock = self._listen()
             self.console.step(f"loading {self.options.app_file.name}")
-            agent_ready = asyncio.ensure_future(self._first_agent())
+            self._links = Links(self, started=self.started, cut_off=self._cut_off)
+            agent_ready = asyncio.ensure_future(self._links.first())
             await asyncio.sleep(0)  # the agent starts on the other core while app.py is imported
             try:
                 # asyncio would keep Ctrl-C for the next await; app.py may never come to one.
@@ -233,7 +184,7 @@ class Service:
             except BaseException:
                 agent_ready.cancel()
                 await asyncio.wait([agent_ready])
-                self._runtime.kill_started()
+                self._local.kill_started()
                 raise
             self._install_signals(loop)
             await self._serve(sock, agent_ready)
@@ -266,7 +217,7 @@ class Service:
         server: HttpServer | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                self._group = group
+                self._links.start(group)
                 engine = group.create_task(self._loop(), name="engine")
                 await self._first_pass.wait()
                 # Importing the web server takes longer than everything before it: the app runs meanwhile.
@@ -275,8 +226,8 @@ class Service:
                 server = HttpServer(allow_hosts=self.options.allow_hosts, load=False)
                 await server.start(self, self.options.host, sock)
                 self._begun.set()
+                self._links.begin()
                 tasks = [
-                    group.create_task(self._poll_loop(), name="poll"),
                     group.create_task(self._log_loop(), name="logs"),
                     group.create_task(self._announce(server, agent_ready), name="start"),
                 ]
@@ -284,12 +235,10 @@ class Service:
                 for task in tasks:
                     task.cancel()
                 await self._await_agent(agent_ready)
-                await self._end_agents(kill=self._exit_kill)
+                if not self._detaching:  # (a server that only leaves keeps its agents)
+                    await self._links.end(kill=self._exit_kill)
                 self._read_logs()
-                for link in self._links.values():
-                    link.task.cancel()
-                    link.peer.close()
-                    link.poll_peer.close()
+                self._links.close()
                 engine.cancel()
                 self._refuse_the_rest()
         except* (OrchError, OSError) as group_error:
@@ -297,7 +246,7 @@ class Service:
                 # Nothing has been started but the agent, which nobody would come back to.
                 agent_ready.cancel()
                 await asyncio.wait([agent_ready])
-                self._runtime.kill_started()
+                self._local.kill_started()
             raise _first(group_error) from None
         finally:
             if server is not None:
@@ -316,7 +265,7 @@ class Service:
         agent_ready.cancel()
         await asyncio.gather(agent_ready, return_exceptions=True)
         if agent_ready.cancelled() and not self._detaching:
-            self._runtime.kill_started()
+            self._local.kill_started()
 
     def _open_journal(self) -> Journal:
         path, durable = self.folder.state_db, self.options.durable
@@ -414,6 +363,7 @@ class Service:
             env=dict(options.env),
             secrets=self._secrets,
             page_secrets={"ORCH_FLOW_TOKEN": self.token},
+            agent_of=_own_agent if self._runtime.own_places else _this_machines,
             shared_records=self._runtime.shared_records,
             redact=self.refuse_secrets if self._secrets else None,
             hide=self.redacted,
@@ -421,6 +371,7 @@ class Service:
         self.engine = Engine(config, tree, self.program.specs(), rev=rev, revs=revs)
         if previous is not None:
             self.engine.restore(facts, clean=clean)
+            self._links.expect()
             if self.engine.ending:
                 self.console.note("it was being ended when its server died: ending it now")
         self._take_routes(self.program.api_routes())
@@ -475,7 +426,7 @@ class Service:
         try:
             await asyncio.shield(agent_ready)
         except RuntimeLost as error:
-            self._put(e.AgentFailed(agent="local", message=_line(error)))
+            self.put(e.AgentFailed(agent=LOCAL, message=error.line))
         await server.app()
         self.console.url(f"{self.url}/?token={self.token}")
         await asyncio.to_thread(self._clear_logs)
@@ -495,14 +446,14 @@ class Service:
         if not self.interrupted and self.engine.stage in ("starting", "running"):
             self.interrupted = True
             self.console.stopping(self._longest_grace())
-            self._put(e.StopApp(message="interrupted"))
+            self.put(e.StopApp(message="interrupted"))
         else:
             self.interrupted = True
-            self._put(e.StopApp(kill=True))
+            self.put(e.StopApp(kill=True))
 
     def _on_terminate(self) -> None:
         self.console.stopping(self._longest_grace())
-        self._put(e.StopApp(message="terminated"))
+        self.put(e.StopApp(message="terminated"))
 
     def _on_hangup(self) -> None:
         self._detaching = True
@@ -513,7 +464,7 @@ class Service:
 
     # -- the one loop -------------------------------------------------------------------------------------------------
 
-    def _put(self, event: e.Event) -> None:
+    def put(self, event: e.Event) -> None:
         self._inbox.put_nowait(event)
 
     async def _ask(self, make: Callable[[int], e.Event]) -> Any:
@@ -525,7 +476,7 @@ class Service:
         ticket = next(self._tickets)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._futures[ticket] = future
-        self._put(make(ticket))
+        self.put(make(ticket))
         try:
             return await future
         finally:
@@ -621,25 +572,26 @@ class Service:
             case e.ReloadProgram(tree=tree):
                 self._pass_thread.submit(self.program.reload, tree)
             case e.SendDiffs(agent=agent, diffs=diffs):
-                self._send(agent, "state", diffs)
+                self._links.send(agent, "state", diffs)
             case e.StartCalls(agent=agent, calls=calls):
                 for call in calls:
                     self._follow(call.work, call.call)
-                self._send(agent, "start", calls)
+                    self._links.follow(agent, call.work, call.call)
+                self._links.send(agent, "start", calls)
             case e.StopCalls(agent=agent, calls=stops):
-                self._send(agent, "stop", stops)
+                self._links.send(agent, "stop", stops)
             case e.PlaceWorks(agent=agent, works=works):
-                self._send(agent, "place", works)
+                self._links.send(agent, "place", works)
             case e.ForgetWorks(agent=agent, works=names, rev=rev):
-                self._send(agent, "forget", [Forget(work=name, rev=rev) for name in names])
+                self._links.send(agent, "forget", [Forget(work=name, rev=rev) for name in names])
             case e.PollAgent(agent=agent):
-                self._link(agent).ask = True
+                self._links.ask(agent)
             case e.ReplaceAgent(agent=agent, epoch=epoch):
-                self._epochs[agent] = epoch  # the old one is refused from here on
-                self._link(agent).ending = True
-                self._group.create_task(self._replace_silent(self._link(agent), epoch), name=f"replace-{agent}")
-            case e.LaunchAgent():
-                pass  # the local agent is started with the server
+                self._links.replace(agent, epoch)
+            case e.LaunchAgent(agent=agent):
+                self._links.launch(agent)
+            case e.ReleaseAgent(agent=agent, epoch=epoch, grace=grace):
+                self._links.release(agent, epoch, grace)
             case e.Shown():
                 self._catch_up(instruction.work)
                 self._publish(
@@ -654,7 +606,7 @@ class Service:
             case e.Layout(tabs=tabs):
                 self._publish("layout", {"tabs": tabs})
             case e.Frontends(frontends=frontends):
-                self._put(e.Hidden(specs=self._page_specs(frontends)))
+                self.put(e.Hidden(specs=self._page_specs(frontends)))
             case e.Routes(routes=routes):
                 self._take_routes(routes)
             case e.FileEvent(drive=drive, manifest=manifest):
@@ -699,12 +651,12 @@ class Service:
         """A thread of the user's own has written state between passes: the objects have it, the tree follows."""
         ops, self.program.stray = self.program.stray, []
         if ops:
-            self._put(e.Patch(ops=ops, cause="flow", known=True))
+            self.put(e.Patch(ops=ops, cause="flow", known=True))
 
     def _pass_over(self, event: e.Event, slow: asyncio.TimerHandle) -> None:
         slow.cancel()
         self._counters["passes_total"] += 1
-        self._put(event)
+        self.put(event)
         self._first_pass.set()
 
     def _publish(self, kind: str, data: dict[str, Any]) -> None:
@@ -733,66 +685,26 @@ class Service:
         if self._work_tokens.pop(name, None) is not None:
             self.engine.note_fact("token", name, None)
 
-    async def _first_agent(self) -> AgentStatus | None:
-        """Adopt the agent that an earlier server left here, or stop it and launch a new one."""
-        left = self._runtime.found("local")
-        alive = left is not None and await self._runtime.adopt(left)
-        if left is not None and self._cut_off:
-            self._agent_tokens["local"] = left["token"]
-        if left is not None and alive and self._cut_off and await self._answers(left):
-            self._epochs["local"] = left["epoch"]
-            self.console.note(f"adopting the agent that is still running (pid {left['pid']})")
-            try:
-                return await self._attach("local", left)
-            except AgentDied:
-                alive = False
-        if not self._cut_off:
-            if left is not None or any(self.folder.run_records()):
-                await asyncio.to_thread(self._end_leftovers)
-        elif left is not None and alive:
-            # It hangs, and its scripts need not know: they are adopted by the next one.
-            self.console.note(f"the agent (pid {left['pid']}) does not answer: replacing it, its scripts go on")
-            await self._runtime.kill(left)
-        # Drive manifests outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
-        epoch = max((left["epoch"] if left else 0) + 1, int(self.started * 1000))
-        return await self._launch("local", epoch, left["port"] if left and self._cut_off else 0)
+    # -- what agents are told of this server --------------------------------------------------------------------------
 
-    async def _answers(self, handle: Handle) -> bool:
-        peer = HttpPeer(timeout=2.0)
-        try:
-            status, _ = await peer.get(f"{handle['url']}/v1/status", handle["token"])
-            return status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            await asyncio.to_thread(peer.close)
+    def runtime_of(self, agent: str) -> Runtime:
+        return self._local if agent == LOCAL else self._runtime
 
-    def _end_leftovers(self) -> None:
-        from orch.leftovers import clear_records, end_agents, end_scripts
+    def runtimes(self) -> list[Runtime]:
+        return [self._local] if self._local is self._runtime else [self._local, self._runtime]
 
-        end_agents(self.folder, self.console.note)
-        end_scripts(self.folder, self.console.note)
-        clear_records(self.folder)
+    def flow_url(self, agent: str) -> str:
+        """Where that agent reaches this server."""
+        return self.url
 
-    async def _launch(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
-        for tries in range(1, AGENT_TRIES):
-            try:
-                return await self._launch_once(agent, epoch, port)
-            except AgentDied as error:
-                self.console.warn(f"{_line(error)}: starting another one ({tries} of {AGENT_TRIES - 1})")
-                epoch += 1
-        return await self._launch_once(agent, epoch, port)
-
-    async def _launch_once(self, agent: str, epoch: int, port: int) -> AgentStatus | None:
-        # One token for all incarnations: one that is replaced must hear that (409), not that it is a stranger (401).
-        token = self._agent_tokens.setdefault(agent, random_secrets.token_urlsafe(32))
-        self._epochs[agent] = epoch
-        options = self.options
-        spec = AgentSpec(
+    def agent_spec(self, agent: str, epoch: int, token: str, port: int) -> AgentSpec:
+        options, runtime = self.options, self.runtime_of(agent)
+        work = self.engine.work_of(agent) if agent != LOCAL else None
+        return AgentSpec(
             agent=agent,
             epoch=epoch,
             token=token,
-            flow_url=self.url,
+            flow_url=self.flow_url(agent),
             app_dir=str(self.folder.root),
             orch_dir=str(self.folder.orch),
             app_id=self.app_id,
@@ -802,212 +714,12 @@ class Service:
             app_argv=list(options.argv),
             drive_url=self.drive_url,
             port=port,
-            orphan_timeout=_orphan_timeout(self._runtime),
+            orphan_timeout=_orphan_timeout(runtime),
+            work=work.name if work is not None else "",
+            compute=work.compute if work is not None else {},
+            build=work.build if work is not None else {},
             launcher=os.getpid(),
         )
-        handle = await self._runtime.launch(spec)
-        return await self._attach(agent, handle)
-
-    async def _attach(self, agent: str, handle: Handle) -> AgentStatus | None:
-        await self._begun.wait()
-        link = self._link(agent)
-        newest = self.engine.agents[agent].epoch if agent in self.engine.agents else 0
-        if handle["epoch"] < newest:  # given up by a server that died before the next one was launched
-            await self._runtime.kill(handle)
-            return await self._launch(agent, newest, 0)
-        link.handle = handle
-        number = self.engine.know_agent(agent, handle["epoch"])
-        told = False
-        while True:
-            await self._journalled()  # what an agent knows is never ahead of what survives
-            link.queue.clear()  # what is said from here on is newer than what is attached, and the rest is said again
-            rev = self.engine.tree.rev
-            attach = Attach(
-                flow_url=self.url,
-                epoch=handle["epoch"],
-                number=number,
-                acked=self.engine.agents[agent].acked,
-                works=self.engine.attach_vars(agent),
-            )
-            try:
-                status, body = await link.peer.post(f"{handle['url']}/v1/attach", encode(attach), handle["token"])
-                break
-            except (OSError, http.client.HTTPException) as error:
-                # Not hearing of it is no proof of anything: it may have scripts, and only a network lies between.
-                why = f"the agent {agent} does not answer ({str(error) or type(error).__name__})"
-                if await self._runtime.ended(handle, 1.0):
-                    raise AgentDied(why, hint=f"see {self.folder.logs / f'agent-{agent}.log'}") from error
-                if not told:
-                    self.console.warn(f"{why}: asking it again")
-                    told = True
-        if status != 200:
-            raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
-        crash_point("flow.agent.attached")
-        known = decode(AgentStatus, body)
-        link.heard = time.monotonic()
-        link.attached = True
-        host = urlsplit(handle["url"]).hostname or ""
-        self._put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known, rev=rev, host=host))
-        link.wake.set()
-        return known
-
-    def _link(self, agent: str) -> _Link:
-        if agent not in self._links:
-            link = self._links[agent] = _Link(agent, HttpPeer(name=f"orch-to-{agent}"))
-            link.task = self._group.create_task(self._sender(link), name=f"link-{agent}")
-        return self._links[agent]
-
-    def _send(self, agent: str, kind: str, messages: Iterable[Any]) -> None:
-        link = self._link(agent)
-        link.queue.extend((kind, message) for message in messages)
-        link.wake.set()
-
-    async def _sender(self, link: _Link) -> None:
-        delay = 0.05
-        while True:
-            if not link.queue or not link.attached:
-                link.wake.clear()
-                await link.wake.wait()
-                continue
-            kind = link.queue[0][0]
-            batch: list[Any] = []
-            for queued, message in link.queue:
-                if queued != kind or len(batch) >= (1 if link.singly else 1000):
-                    break
-                batch.append(message)
-            try:
-                assert link.handle is not None
-                handle = link.handle
-                crash_point("flow", f"{kind}.due")
-                status, body = await link.peer.post(f"{handle['url']}/v1/{kind}", encode(batch), handle["token"])
-            except (OSError, http.client.HTTPException) as error:
-                log.debug("agent %s: %s", link.agent, error)
-                await asyncio.sleep(delay)
-                delay = min(1.0, delay * 2)
-                continue
-            crash_point("flow", f"{kind}.answered")
-            if link.handle is not handle:
-                continue  # replaced meanwhile: that answer was another one's, and the queue a new one
-            link.heard = time.monotonic()
-            if status == RuntimeLost.status:  # it leaves: its successor will be asked
-                await asyncio.sleep(delay)
-                delay = min(1.0, delay * 2)
-                continue
-            delay = 0.05
-            if status == UNREADABLE and len(batch) > 1:
-                link.singly = len(batch)
-                continue
-            link.singly = max(0, link.singly - len(batch))
-            for _ in batch:
-                link.queue.popleft()
-            if status != 200:
-                why = f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}"
-                if status == UNREADABLE and kind == "place":
-                    self._put(e.PlacedWorks(agent=link.agent, placed=[Placed(work=m.work, error=why) for m in batch]))
-                elif status == UNREADABLE and kind == "start":
-                    no = [StartReply(call=m.call, attempt=m.attempt, accepted=False, error=why) for m in batch]
-                    self._put(e.StartAnswered(replies=no, works=[message.work for message in batch]))
-                else:
-                    self.console.warn(why)
-                continue
-            if kind == "place":
-                self._put(e.PlacedWorks(agent=link.agent, placed=decode(list[Placed], body)))
-            elif kind == "start":
-                replies = decode(list[StartReply], body)
-                self._put(e.StartAnswered(replies=replies, works=[message.work for message in batch]))
-
-    async def _poll_loop(self) -> None:
-        """Liveness: a push counts; without one for POLL_EVERY the agent is asked; a dead local process is noticed."""
-        while True:
-            await asyncio.sleep(POLL_EVERY / 2)
-            for link in [link for link in self._links.values() if link.handle is not None and link.attached]:
-                await self._look_after(link)
-
-    async def _look_after(self, link: _Link) -> None:
-        assert link.handle is not None
-        gone = await self._runtime.poll(link.handle)
-        if not link.attached:
-            return  # it is being replaced
-        if gone is not None:
-            await self._replace(link, gone)
-            return
-        now = time.monotonic()
-        silence = now - link.heard
-        if link.heard > link.asked:
-            link.unanswered = None
-        elif link.unanswered is not None and now - link.unanswered >= POLL_EVERY:
-            # Only what was asked and not answered is silence: this process may have been stopped itself.
-            reachable = await self._reachable(link, now)
-            self._put(e.AgentPolled(agent=link.agent, status=None, silence=silence, clock=now, reachable=reachable))
-        if (silence >= POLL_EVERY or link.ask) and (link.poll is None or link.poll.done()):
-            link.ask = False
-            link.asked = now
-            link.unanswered = link.unanswered or now
-            # A task of its own: one that does not answer must not keep the others waiting.
-            link.poll = self._group.create_task(self._ask_status(link, link.handle), name=f"poll-{link.agent}")
-
-    async def _ask_status(self, link: _Link, handle: Handle) -> None:
-        try:
-            status, body = await link.poll_peer.get(f"{handle['url']}/v1/status", handle["token"])
-        except (OSError, http.client.HTTPException) as error:
-            log.debug("agent %s does not answer: %s", link.agent, error)
-            return
-        if status != 200 or link.handle is not handle:
-            return
-        link.heard = time.monotonic()
-        self._put(e.AgentPolled(agent=link.agent, status=decode(AgentStatus, body)))
-
-    async def _reachable(self, silent: _Link, now: float) -> bool:
-        """Whether this machine reaches anything but the silent agent."""
-        others = (link for link in self._links.values() if link is not silent and link.attached)
-        return any(now - link.heard < 2 * POLL_EVERY for link in others) or await self._runtime.reachable()
-
-    async def _replace(self, link: _Link, why: str) -> None:
-        """The agent's process is gone: a new incarnation adopts what it left."""
-        assert link.handle is not None
-        old = link.handle
-        self.console.warn(f"agent {link.agent} (pid {old['pid']}) {why}: starting a new one")
-        await self._launch_next(link, old["epoch"] + 1, old["port"])
-
-    async def _replace_silent(self, link: _Link, epoch: int) -> None:
-        """The agent has been given up: end it if that can be done, it may be only a network away; launch another."""
-        assert link.handle is not None
-        old = link.handle
-        link.attached = False
-        self.console.warn(f"agent {link.agent} is given up: starting a new one")
-        await self._runtime.kill(old)
-        link.ending = False
-        await self._launch_next(link, epoch, old["port"])
-
-    async def _launch_next(self, link: _Link, epoch: int, port: int) -> None:
-        link.attached = False
-        try:
-            await self._launch(link.agent, epoch, port)
-        except RuntimeLost as error:
-            link.handle = None
-            self._put(e.AgentFailed(agent=link.agent, message=_line(error)))
-
-    async def _end_agents(self, *, kill: bool) -> None:
-        """The app is over: agents stop what is left and exit. (A server that only leaves keeps them.)"""
-        if self._detaching:
-            return
-        for agent, link in self._links.items():
-            if link.handle is None:
-                continue
-            handle = link.handle
-            try:
-                crash_point("flow.shutdown.due")
-                await link.peer.post(f"{handle['url']}/v1/shutdown", encode(Shutdown(kill=kill)), handle["token"])
-                crash_point("flow.shutdown.answered")
-                ended = await self._runtime.ended(handle, AGENT_STOP)
-                crash_point("flow.shutdown.ended")
-            except (OSError, http.client.HTTPException) as error:
-                log.debug("agent %s does not answer: %s", agent, error)
-                ended = False
-            if not ended:
-                await self._runtime.kill(handle)
-                await asyncio.to_thread(self._end_leftovers)
-        self._runtime.reap()
 
     # -- pages --------------------------------------------------------------------------------------------------------
 
@@ -1090,7 +802,7 @@ class Service:
     # -- Backend: state -----------------------------------------------------------------------------------------------
 
     async def read(self, pointer: str, rev: int | None = None) -> tuple[Any, int, int]:
-        await self._journalled()
+        await self.journalled()
         head = self.engine.tree.rev
         if rev is not None and rev != head:
             then = await self._journal(self.journal.at, self.run, rev)
@@ -1098,7 +810,7 @@ class Service:
         value = self.engine.tree.get(pointer)
         return copy_json(value), self.engine.tree.value_rev(pointer), head
 
-    async def _journalled(self) -> None:
+    async def journalled(self) -> None:
         """Until what the tree holds is in the journal."""
         while self._settled is not None:
             await asyncio.shield(self._settled)
@@ -1115,7 +827,7 @@ class Service:
         try:
             async with asyncio.timeout(timeout):
                 while True:
-                    await self._journalled()
+                    await self.journalled()
                     if self.engine.tree.value_rev(pointer) > after:
                         return True
                     assert self._changed is not None
@@ -1151,11 +863,11 @@ class Service:
     # -- Backend: works -----------------------------------------------------------------------------------------------
 
     async def works(self) -> list[dict[str, Any]]:
-        await self._journalled()
+        await self.journalled()
         return [self.engine.describe(work) for work in self.engine.works.values()]
 
     async def work(self, name: str) -> dict[str, Any]:
-        await self._journalled()
+        await self.journalled()
         return self.engine.describe(self.engine.find(name))
 
     async def stop_work(self, name: str) -> dict[str, Any]:
@@ -1190,7 +902,7 @@ class Service:
     # -- Backend: app -------------------------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
-        await self._journalled()
+        await self.journalled()
         engine = self.engine
         return {
             "stage": engine.stage,
@@ -1206,7 +918,7 @@ class Service:
                     "epoch": agent.epoch,
                     "up": agent.up,
                     "silent": agent.silent,
-                    "pid": (link.handle or {}).get("pid") if (link := self._links.get(agent.name)) else None,
+                    "pid": self._links.pid(agent.name),
                 }
                 for agent in engine.agents.values()
             ],
@@ -1256,27 +968,16 @@ class Service:
         }
 
     def agent_token(self, agent: str) -> str | None:
-        return self._agent_tokens.get(agent)
+        return self._links.token(agent)
 
     async def push(self, push: Push) -> PushReply:
-        link = self._links.get(push.agent)
-        epoch = self._epochs.get(push.agent)
-        if epoch is None:
-            # Told that it is replaced, it would end its scripts; this server may yet adopt it.
-            raise RuntimeLost(f"it is not decided yet what becomes of agent {push.agent}")
+        await self._links.hear(push)
+        self._counters["pushes_total"] += 1
+        crash_point("flow.push.received")
         try:
-            if push.epoch != epoch:
-                raise StaleEpoch(f"agent {push.agent} epoch {push.epoch} was replaced")
-            if link is not None:
-                link.heard = time.monotonic()
-            self._counters["pushes_total"] += 1
-            crash_point("flow.push.received")
             reply = await self._ask(lambda ticket: e.Pushed(ticket=ticket, push=push))
         except StaleEpoch:
-            if link is not None and link.ending:
-                # Told that it is replaced, it would end its scripts; on this machine its successor takes them over.
-                raise RuntimeLost(f"agent {push.agent} is being replaced") from None
-            raise
+            raise self._links.stale(push) from None
         assert isinstance(reply, PushReply)
         crash_point("flow.push.committed")
         return reply
@@ -1382,6 +1083,15 @@ class Service:
             self._pass_thread.submit(lambda: self._index_of(drive).add(parsed))
 
 
+def _this_machines(spec: WorkSpec) -> str:
+    return LOCAL
+
+
+def _own_agent(spec: WorkSpec) -> str:
+    """Pages are served beside the flow. A Work may be called "local"."""
+    return LOCAL if spec.hidden else spec.name if spec.name != LOCAL else "local-work"
+
+
 def _orphan_timeout(runtime: Runtime) -> float | None:
     """ORCH_ORPHAN_TIMEOUT (seconds), or what the runtime does. Raises UsageError."""
     given = os.environ.get("ORCH_ORPHAN_TIMEOUT")
@@ -1409,10 +1119,6 @@ def _broken(error: BaseException) -> Any:
 
     text = "".join(traceback.format_exception(error))
     return PassResult(how="error", message=f"{type(error).__name__}: {error}", traceback=text, error=error)
-
-
-def _line(error: OrchError) -> str:
-    return f"{error.message} - {error.hint}" if error.hint else error.message
 
 
 def _shown_host(host: str) -> str:

@@ -545,8 +545,9 @@ class AppTester:
         first = self._unacked[0][0]
         items = [item for _, item in self._unacked]
         self._event(Pushed(push=Push(agent="local", epoch=self._epoch, seq=first, items=items)))
-        acked = self.engine.agents["local"].acked
-        self._unacked = [(seq, item) for seq, item in self._unacked if seq > acked]
+        known = self.engine.agents["local"]
+        if known.epoch == self._epoch:  # else it waits behind a pass
+            self._unacked = [(seq, item) for seq, item in self._unacked if seq > known.acked]
 
     def _launch(self, call: StartCall) -> None:
         fake = self.fake(call.work)

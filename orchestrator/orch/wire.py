@@ -33,6 +33,7 @@ from typing import Any, TypeVar
 import msgspec
 
 __all__ = [
+    "LOCAL",
     "PROTOCOL",
     "AgentSpec",
     "AgentStatus",
@@ -64,6 +65,9 @@ __all__ = [
 ]
 
 PROTOCOL = 1
+
+LOCAL = "local"
+"""The agent of the flow server's own machine. One that is for a single Work has that Work's name."""
 
 Op = dict[str, Any]
 """One RFC 6902 operation: {"op", "path", "value"?, "from"?}. In messages to and from agents, paths are relative to the

@@ -324,7 +324,7 @@ class Life:
         assert self.server is not None and self.server.service is not None
         service = self.server.service
         engine = service.engine
-        await self.server.ask(lambda service: service._journalled())
+        await self.server.ask(lambda service: service.journalled())
         flow = service.program.node()
         tree = msgspec.json.decode(msgspec.json.encode(engine.tree.root))
         self.same_vars(flow, tree, "")

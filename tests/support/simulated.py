@@ -627,6 +627,7 @@ class SimRuntime:
         self.world = world
         self.orphan_timeout: float | None = None
         self.shared_records = world.shared
+        self.shared_files, self.own_places = True, False
         self._launched: list[AgentProcess] = []
 
     async def launch(self, spec: AgentSpec) -> Handle:
@@ -673,6 +674,12 @@ class SimRuntime:
         except TimeoutError:
             return False
         return True
+
+    async def adoptable(self, handle: Handle) -> bool:
+        return self.shared_records
+
+    async def sweep(self) -> list[str]:
+        return []
 
     async def reachable(self) -> bool:
         return True

@@ -78,6 +78,8 @@ BEAT = 2.0
 BEAT_LEAST = 0.25
 LITTLE_SPACE = 1 << 20
 """Bytes free on a disk below which a call's failure may come from that."""
+LOG_PIECE = 1024 * 1024
+"""Bytes of a log in one answer."""
 MIN_SECRET = 4
 """Characters below which a secret cannot be told from ordinary text."""
 
@@ -489,6 +491,20 @@ class Agent:
         for work in self.works.values():  # only now: one revision may hold several own changes
             self._settle(work)
 
+    def read_log(self, work: str, call: str, offset: int) -> bytes:
+        """What a call's log has from `offset` on, `LOG_PIECE` bytes at most. NotFound."""
+        if {work, call} & {".", ".."}:
+            raise NotFound(f"there is no log {work}/{call}")
+        try:
+            with self._log_file(work, call).open("rb") as file:
+                file.seek(offset)
+                return file.read(LOG_PIECE)
+        except FileNotFoundError:
+            raise NotFound(f"there is no log {work}/{call}") from None
+
+    def _log_file(self, work: str, call: str) -> Path:
+        return Path(self.spec.orch_dir, "logs", work, f"{call}.log")
+
     def begin_shutdown(self, *, kill: bool) -> None:
         """`shutdown` in the background."""
         self._spawn(self.shutdown(kill=kill))
@@ -744,8 +760,7 @@ class Agent:
     # -- starting and ending attempts ----------------------------------------------------------------------------------
 
     def _make_attempt(self, record: AttemptRecord, secrets: dict[str, str]) -> Attempt:
-        folder = Path(self.spec.orch_dir, "logs", record.start.work)
-        attempt = Attempt(record, secrets, folder / f"{record.start.call}.log")
+        attempt = Attempt(record, secrets, self._log_file(record.start.work, record.start.call))
         if record.stopping:
             attempt.stop_wanted.set()
         self.attempts[record.key] = attempt

@@ -82,6 +82,11 @@ def make_app(agent: Agent) -> FastAPI:
     flow_route("/v1/state", state)
     flow_route("/v1/shutdown", shutdown)
 
+    @app.get("/v1/logs/{work}/{call}", response_model=None)
+    async def read_log(work: str, call: str, offset: int, request: Request) -> Response:
+        _need_token(request, agent.spec.token)
+        return Response(agent.read_log(work, call, offset), media_type="text/plain")
+
     def own(request: Request, name: str) -> PlacedWork:
         """The work that the request speaks of, if its token is that work's."""
         work = agent.works.get(name)

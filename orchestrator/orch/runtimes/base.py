@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from orch.errors import RuntimeLost
 from orch.wire import AgentSpec
 
-__all__ = ["AgentDied", "Handle", "Runtime"]
+__all__ = ["AgentDied", "BuildFailed", "Handle", "Infeasible", "PlacementError", "Runtime"]
 
 Handle = dict[str, Any]
 """JSON: whatever the runtime needs to find its agent again; always has "agent", "epoch", "url", "token"."""
@@ -17,6 +17,25 @@ class AgentDied(RuntimeLost):
     """The agent was killed before it was known: starting another one may help."""
 
 
+class PlacementError(RuntimeLost):
+    """The agent cannot be placed, and asking again does not help."""
+
+    reason = "exception"
+    """Of its Work's calls, which fail with it (`orch.calls.Reason`)."""
+
+
+class Infeasible(PlacementError):
+    """No machine that there is, or that can be had, has what the Work declares."""
+
+    reason = "infeasible"
+
+
+class BuildFailed(PlacementError):
+    """The environment that the Work declares cannot be made."""
+
+    reason = "build_failed"
+
+
 class Runtime(Protocol):
     """Implementations: local, ray, fake. One contract suite runs over all of them."""
 
@@ -24,7 +43,12 @@ class Runtime(Protocol):
     orphan_timeout: float | None
     """Seconds without contact after which an agent stops its scripts and leaves; None: never."""
     shared_records: bool
-    """A new incarnation of an agent finds what the one before has written down."""
+    """A new incarnation of an agent finds what all before it have written down. Else a handle's "since" says which is
+    the first whose records it has, if not it itself."""
+    own_places: bool
+    """Every Work has an agent of its own, placed when it is needed; else one serves them all."""
+    shared_files: bool
+    """Its agents' logs are files of this machine."""
 
     async def launch(self, spec: AgentSpec) -> Handle:
         """Start an agent and wait until it answers. Raises RuntimeLost with the reason, AgentDied if it was killed."""
@@ -32,8 +56,13 @@ class Runtime(Protocol):
     async def poll(self, handle: Handle) -> str | None:
         """None while the agent's process lives, else why it ended."""
 
+    async def adoptable(self, handle: Handle) -> bool:
+        """Of an agent that has ended: whether the next one would find its records, and its scripts where they run.
+        False is certain too: all that ran there has ended with it."""
+
     async def kill(self, handle: Handle) -> None:
-        """End the agent itself, at once; the scripts' waiters are not its business."""
+        """End the agent itself, at once, and give its place back; where that is a machine that goes on, the scripts'
+        waiters are not its business."""
 
     async def ended(self, handle: Handle, timeout: float) -> bool:
         """True once the agent's process has ended; False if that takes longer than `timeout` seconds."""
@@ -43,6 +72,10 @@ class Runtime(Protocol):
 
     def found(self, agent: str) -> Handle | None:
         """The handle of an agent that an earlier server left."""
+
+    async def sweep(self) -> list[str]:
+        """End every agent of this app that is left anywhere, and give their places back. What was ended, for the
+        user."""
 
     def kill_started(self) -> None:
         """End every agent that this object has launched: the app cannot be loaded, they have nothing to do."""

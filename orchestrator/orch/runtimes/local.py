@@ -31,6 +31,8 @@ class LocalRuntime:
     name = "local"
     orphan_timeout: float | None = None
     shared_records = True
+    own_places = False
+    shared_files = True
 
     def __init__(self, run_dir: Path, log_dir: Path) -> None:
         self._run = run_dir
@@ -111,6 +113,12 @@ class LocalRuntime:
 
     async def adopt(self, handle: Handle) -> bool:
         return find(handle["pid"], handle.get("pid_start"), handle.get("boot_id")) is not None
+
+    async def adoptable(self, handle: Handle) -> bool:
+        return True
+
+    async def sweep(self) -> list[str]:
+        return []  # `orch.leftovers` finds what they have written down
 
     async def reachable(self) -> bool:
         return True  # its agents are on this machine

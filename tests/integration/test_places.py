@@ -1,0 +1,266 @@
+"""Works with places of their own (see support/places_serve.py): placed when needed, given back, lost, found again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from testkit import RunningApp, wait_until
+
+SUPPORT = Path(__file__).resolve().parent.parent / "support"
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's end is told to others by Linux only")
+
+APP = """
+from orch import App, CloudCompute, Flow, List, ScriptWork, ServiceWork
+
+QUICK = CloudCompute(idle_timeout=0.5)
+
+
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        self.want, self.codes, self.jobs_wanted, self.serve = [], [], 0, False
+        self.jobs = List()
+        self.trainer = ScriptWork(
+            "train.py", outputs=["model.txt"], parallel=True, raise_exception=False, retries=0, grace=2.0,
+            vars={"knob": 1, "said": 0})
+        self.reader = ScriptWork("read.py", inputs=["trainer:model.txt"], parallel=True, cloud_compute=QUICK)
+        self.again = ScriptWork("train.py", parallel=True, raise_exception=False, retries=1, retry_delay=0.1)
+        self.moon = ScriptWork("train.py", parallel=True, raise_exception=False, cloud_compute=CloudCompute("moon"))
+        self.web = ServiceWork("python -m http.server {port} --bind {host}", grace=1.0)
+
+    def run(self):
+        while len(self.jobs) < self.jobs_wanted:
+            self.jobs.append(ScriptWork("train.py job", parallel=True, grace=1.0))
+        while len(self.jobs) > self.jobs_wanted:
+            self.jobs.pop()
+        for job in self.jobs:
+            job.run()
+        for name in self.want:
+            getattr(self, name).run()
+        if self.serve:
+            self.web.run()
+
+
+app = App(Root())
+"""
+TRAIN = """
+import json, os, pathlib, sys, time, urllib.request
+print("in", os.getcwd(), flush=True)
+go = pathlib.Path(os.environ["TEST_GO"])
+n = 0
+while not (go / os.environ["ORCH_WORK"]).exists():
+    n += 1
+    print("line", n, flush=True)
+    time.sleep(0.01)
+knob = json.load(open(os.environ["ORCH_STATE_FILE"])).get("knob")
+pathlib.Path("model.txt").write_text(f"trained with {knob}")
+if knob:
+    request = urllib.request.Request(
+        os.environ["ORCH_STATE_URL"] + "/said", b"5", {"Authorization": "Bearer " + os.environ["ORCH_TOKEN"]},
+        method="PUT")
+    urllib.request.urlopen(request).close()
+print("lines", n, flush=True)
+raise SystemExit(3 if (go / "fail").exists() else 0)
+"""
+
+
+class PlacesApp(RunningApp):
+    def command(self) -> list[str]:
+        return [sys.executable, "-P", str(SUPPORT / "places_serve.py"), "run", self.app]
+
+    def places(self) -> dict[str, dict[str, object]]:
+        found = (self.folder / ".orch" / "run" / "places").glob("*.json")
+        return {path.stem: json.loads(path.read_bytes()) for path in found}
+
+    def go(self, name: str) -> None:
+        (self.folder.parent / "go" / name).touch()
+
+    def stage(self, name: str) -> str:
+        return str(self.work(name)["status"]["stage"])
+
+    def until(self, name: str, stage: str, timeout: float = 30) -> dict[str, object]:
+        wait_until(lambda: self.stage(name) == stage, timeout, what=lambda: f"{name} {stage}, is {self.work(name)}")
+        return self.work(name)
+
+    def whole(self, name: str) -> bool:
+        """No line of its log is missing or twice."""
+        lines = self.log(name).splitlines()
+        numbers = [int(line.split()[1]) for line in lines if line.startswith("line ")]
+        return numbers == list(range(1, len(numbers) + 1)) and lines[-1] == f"lines {len(numbers)}"
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[PlacesApp]:
+    folder = tmp_path / "app"
+    folder.mkdir()
+    (tmp_path / "go").mkdir()
+    for name, text in {"app.py": APP, "train.py": TRAIN, "read.py": "print(open('model.txt').read())"}.items():
+        (folder / name).write_text(text)
+    app = PlacesApp(folder, env={"TEST_GO": str(tmp_path / "go")})
+    yield app
+    assert app.close() == ""
+
+
+def test_a_work_is_placed_when_it_is_needed_and_its_log_comes_home(app: PlacesApp) -> None:
+    app.start()
+    app.until("trainer", "not_started")
+    assert not app.places()
+    app.set("/vars/want", ["trainer"])
+    app.until("trainer", "running")
+    assert list(app.places()) == ["trainer"]
+    app.set("/works/trainer/vars/knob", 7)
+    wait_until(lambda: "line 20" in app.log("trainer"), what="its lines are here while it runs")
+    app.go("trainer")
+    app.until("trainer", "succeeded")
+    assert app.whole("trainer")
+    assert app.state("/works/trainer/vars/said") == 5
+    assert ".machines" in app.log("trainer").splitlines()[1]
+    assert not (app.folder / "model.txt").exists()
+    app.set("/vars/want", ["trainer", "reader"])
+    app.until("reader", "succeeded")
+    assert "trained with 7" in app.log("reader")
+    assert "trained with 7" in app.output()
+
+
+def test_a_finished_work_gives_its_place_back_and_gets_another(app: PlacesApp) -> None:
+    app.start()
+    app.go("trainer")
+    app.set("/vars/want", ["trainer"])
+    app.until("trainer", "succeeded")
+    app.set("/vars/want", ["trainer", "reader"])
+    app.until("reader", "succeeded")
+    first = app.places().get("reader")
+    wait_until(lambda: list(app.places()) == ["trainer"], what="reader's place is given back")
+    if first is not None:
+        assert not psutil.pid_exists(int(str(first["place_pid"])))
+    app.post("/works/reader/run", {"args": ["again"]})
+    wait_until(lambda: len(app.work("reader")["calls"]) == 2 and app.stage("reader") == "succeeded", 30)
+    if first is not None:
+        wait_until(lambda: app.places().get("reader", first)["epoch"] != first["epoch"] or "reader" not in app.places())
+
+
+def test_what_cannot_be_placed_fails_alone(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/want", ["moon", "trainer"])
+    failed = app.until("moon", "failed")
+    assert failed["status"]["reason"] == "infeasible"  # type: ignore[index]
+    assert "moon" in failed["status"]["message"]  # type: ignore[index]
+    app.until("trainer", "running")
+    app.go("trainer")
+    app.until("trainer", "succeeded")
+
+
+def test_a_place_that_ends_takes_its_script_and_the_retry_gets_another(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/want", ["trainer", "again"])
+    app.until("trainer", "running")
+    app.until("again", "running")
+    first = app.places()
+    for place in first.values():
+        os.kill(int(str(place["place_pid"])), signal.SIGKILL)
+    lost = app.until("trainer", "failed")
+    assert lost["status"]["reason"] == "lost"  # type: ignore[index]
+    wait_until(lambda: app.work("again")["attempt"] == 2 and app.stage("again") == "running", 30)
+    assert app.places()["again"]["machine"] != first["again"]["machine"]
+    app.go("again")
+    app.until("again", "succeeded")
+
+
+def test_an_agent_that_is_killed_is_followed_by_one_in_its_place(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/want", ["trainer"])
+    app.until("trainer", "running")
+    first = app.places()["trainer"]
+    os.kill(int(str(first["pid"])), signal.SIGKILL)
+    wait_until(lambda: app.places()["trainer"]["epoch"] != first["epoch"], 30, what="another agent")
+    assert app.places()["trainer"]["place_pid"] == first["place_pid"]
+    app.go("trainer")
+    done = app.until("trainer", "succeeded")
+    assert done["attempt"] == 1
+    assert app.whole("trainer")
+
+
+@pytest.mark.parametrize("ends", ["after", "while"], ids=["it ends later", "it ends while nobody serves"])
+def test_a_server_finds_the_agents_of_the_one_before(app: PlacesApp, ends: str) -> None:
+    app.start()
+    app.set("/vars/want", ["trainer"])
+    app.set("/vars/serve", True)
+    app.until("trainer", "running")
+    wait_until(lambda: app.work("web")["status"]["is_ready"], 30)
+    app.kill()
+    places = app.places()
+    if ends == "while":
+        app.go("trainer")
+        wait_until(lambda: _record(places["trainer"], "exit"), what="its exit record")
+    app.start()
+    if ends == "after":
+        app.until("trainer", "running")
+        app.go("trainer")
+    done = app.until("trainer", "succeeded")
+    assert done["attempt"] == 1
+    assert app.whole("trainer")
+    assert {name: place["pid"] for name, place in app.places().items()} == {
+        name: place["pid"] for name, place in places.items()
+    }
+    url = app.work("web")["url"]
+    assert "train.py" in httpx.get(url, headers={"Authorization": f"Bearer {app.token}"}).text
+
+
+def _record(place: dict[str, object], kind: str) -> bool:
+    return any(Path(str(place["machine"]), "orch", "run", "processes").glob(f"*.{kind}.json"))
+
+
+def test_a_place_that_ends_while_nobody_serves(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/want", ["trainer", "again"])
+    app.until("trainer", "running")
+    app.until("again", "running")
+    app.kill()
+    for place in app.places().values():
+        os.kill(int(str(place["place_pid"])), signal.SIGKILL)
+    app.start()
+    assert app.until("trainer", "failed")["status"]["reason"] == "lost"  # type: ignore[index]
+    wait_until(lambda: app.work("again")["attempt"] == 2 and app.stage("again") == "running", 30)
+    app.go("again")
+    app.until("again", "succeeded")
+
+
+def test_a_removed_work_gives_its_place_back(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/jobs_wanted", 2)
+    app.until("jobs.0", "running")
+    app.until("jobs.1", "running")
+    app.set("/vars/jobs_wanted", 1)
+    wait_until(lambda: list(app.places()) == ["jobs.0"], 20, what=lambda: str(app.places()))
+    assert len(app.get("/status")["agents"]) == 2, "the pages' and that of jobs.0"
+    app.set("/vars/jobs_wanted", 2)
+    app.until("jobs.2", "running")
+
+
+def test_the_end_of_the_app_leaves_nothing(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/want", ["trainer", "again"])
+    app.until("trainer", "running")
+    app.set("/vars/jobs_wanted", 3)  # (perhaps they are being placed)
+    assert app.interrupt() in (0, 130)
+    assert not app.places()
+    wait_until(lambda: not app.processes(), 5, what="all is gone")
+
+
+def test_a_new_run_ends_what_a_killed_one_has_left(app: PlacesApp) -> None:
+    app.start()
+    app.set("/vars/want", ["trainer"])
+    app.until("trainer", "running")
+    left = app.places()["trainer"]
+    app.kill()
+    app.start("--fresh")
+    wait_until(lambda: not psutil.pid_exists(int(str(left["place_pid"]))), 20, what="the old place is given back")
+    assert app.stage("trainer") == "not_started"
