@@ -173,6 +173,7 @@ class Agent:
         self._spawner = Spawner(
             self.records.processes,
             contact=f"contact-{spec.agent}",
+            guard=spec.launcher if spec.bound else 0,
             warm_app=spec.app_file or None,
             argv=spec.app_argv,
         )
@@ -376,7 +377,8 @@ class Agent:
         if attach.number < self._attach:
             return self.status()
         self._attach = attach.number
-        die_with(0)
+        if not self.spec.bound:
+            die_with(0)
         for name, known in attach.works.items():
             work = self.works.get(name)
             if work is None:

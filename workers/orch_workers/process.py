@@ -94,7 +94,7 @@ class ExitRecord:
     stopped: bool = False
     """Its waiter had been asked to stop it."""
     cut: bool = False
-    """Its lease had run out."""
+    """Its lease had run out, or its guard had ended."""
     lost: bool = False
     """The waiter is gone and left no record."""
 
@@ -448,8 +448,9 @@ class Spawner:
     """Starts processes through fork servers, which it starts when they are needed, and again when one died.
 
     `record_dir` is where the records go (made if missing), `contact` the file there that leases are counted from.
-    `warm_app` is the app file that Python Works need imported, `argv` its arguments. Needs a running event loop; one
-    Spawner belongs to one loop.
+    `guard`: pid of this process's parent, if nothing that is started may outlive that (Linux). `warm_app` is the app
+    file that Python Works need imported, `argv` its arguments. Needs a running event loop; one Spawner belongs to one
+    loop.
     """
 
     def __init__(
@@ -457,11 +458,13 @@ class Spawner:
         record_dir: Path,
         *,
         contact: str = "contact",
+        guard: int = 0,
         warm_app: str | None = None,
         argv: Sequence[str] = (),
     ) -> None:
         self.record_dir = Path(record_dir).absolute()
         self._contact = self.record_dir / contact
+        self._guard = guard
         self.record_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._warm_argv = ["--warm", os.path.abspath(warm_app) if warm_app else "", *argv]
         self._light: _Zygote | None = None
@@ -543,7 +546,7 @@ class Spawner:
             raise SpawnError("the agent is stopping")
         if old is not None:
             await old.aclose()
-        return await _Zygote.launch(self.record_dir, self._contact, warm)
+        return await _Zygote.launch(self.record_dir, [str(self._contact), str(self._guard)], warm)
 
 
 class _ServerGone(Exception):
@@ -564,12 +567,12 @@ class _Zygote:
         self.replies: asyncio.Task[None] | None = None
 
     @classmethod
-    async def launch(cls, record_dir: Path, contact: Path, warm: list[str]) -> _Zygote:
+    async def launch(cls, record_dir: Path, bounds: list[str], warm: list[str]) -> _Zygote:
         """Starts it and waits until it is ready. Raises SpawnError."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                child = cls._popen(record_dir, contact, warm, theirs)
+                child = cls._popen(record_dir, bounds, warm, theirs)
             except OSError as error:
                 ours.close()
                 raise SpawnError(f"the fork server cannot be started: {error}") from error
@@ -593,11 +596,11 @@ class _Zygote:
 
     @classmethod
     def _popen(
-        cls, record_dir: Path, contact: Path, warm: list[str], control: socket.socket
+        cls, record_dir: Path, bounds: list[str], warm: list[str], control: socket.socket
     ) -> subprocess.Popen[bytes]:
         # Light: isolated, without site-packages. Warm: with what the user installed, but never the cwd on sys.path.
         flags = ["-P"] if warm else ["-I", "-S", "-X", "utf8"]
-        command = [sys.executable, *flags, zygote.__file__, str(record_dir), str(contact), *warm]
+        command = [sys.executable, *flags, zygote.__file__, str(record_dir), *bounds, *warm]
         cwd = os.path.dirname(warm[1]) if warm and warm[1] else None
         output = os.open(cls._log(record_dir, warm), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:

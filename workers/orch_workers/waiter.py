@@ -8,7 +8,7 @@ A fork server (zygote.py) forks one waiter an attempt; `attend` is that waiter's
    if the key was ever used: at most one start an attempt), tells the agent its pid and becomes the script.
 3. It waits. SIGTERM means stop: TERM to the group, after the grace KILL (`<key>.stop.json` may name another grace).
    An attempt with a lease is stopped as well once the flow has not answered the agent for that long: the agent notes
-   each answer in a file, so this holds however the agent fares.
+   each answer in a file, so this holds however the agent fares. So is one with a guard, when that process ends.
 4. When the script has ended it writes `<key>.exit.json`, then ends what is left of the descendants, then exits.
 
 If the waiter is killed, the kernel kills the script (PDEATHSIG): an attempt without a waiter has no exit code.
@@ -231,16 +231,16 @@ def _write_all(fd: int, data: bytes) -> None:
 # ---- the waiter ------------------------------------------------------------------------------------------------------
 
 
-def attend(key: str, grace: float, lease: str, request: bytes, record_dir: str, reply: Reply) -> NoReturn:
+def attend(key: str, grace: float, lease: str, guard: int, request: bytes, record_dir: str, reply: Reply) -> NoReturn:
     """The life of a waiter, in a process just forked for it.
 
-    `request` is the JSON of a ProcessSpec. `lease` is "" or "<seconds>:<grace>:<path of the contact file>". `reply` is
-    called once, by the script's process, with the run record or with what failed; with None by the waiter, which will
-    not reply.
+    `request` is the JSON of a ProcessSpec. `lease` is "" or "<seconds>:<grace>:<path of the contact file>". `guard` is
+    a pidfd of the process that the script may not outlive, or -1. `reply` is called once, by the script's process, with
+    the run record or with what failed; with None by the waiter, which will not reply.
     """
     code = 1
     try:
-        _Waiter(key, grace, lease, record_dir).live(request, reply)
+        _Waiter(key, grace, lease, guard, record_dir).live(request, reply)
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
@@ -250,11 +250,12 @@ def attend(key: str, grace: float, lease: str, request: bytes, record_dir: str, 
 
 
 class _Waiter:
-    def __init__(self, key: str, grace: float, lease: str, record_dir: str) -> None:
+    def __init__(self, key: str, grace: float, lease: str, guard: int, record_dir: str) -> None:
         self.key = key
         self.grace = grace
         self.lease = lease
-        self.cut = False  # the lease has run out
+        self.guard = guard
+        self.cut = False  # the lease has run out, or the guard has ended
         self.base = os.path.join(record_dir, key)
         self.wake = wake_pipe()
         self.pid = 0
@@ -291,6 +292,8 @@ class _Waiter:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(self.start_pipe)
+            if self.guard >= 0:
+                os.close(self.guard)
             _become_script(request, self.base, waiter, tell, reply)
         crash_point("waiter.forked")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
@@ -340,7 +343,7 @@ class _Waiter:
         if not self.stop_asked:
             return False
         self.stop_asked = False
-        grace = float(self.lease.split(":", 2)[1]) if self.cut else self.grace
+        grace = float(self.lease.split(":", 2)[1]) if self.cut and self.lease else self.grace
         try:
             with open(f"{self.base}.stop.json") as file:
                 grace = float(json.load(file)["grace"])
@@ -365,7 +368,12 @@ class _Waiter:
     def _sleep(self, seconds: float | None) -> None:
         poller = select.poll()
         poller.register(self.wake, select.POLLIN)
-        poller.poll(None if seconds is None else max(0.0, seconds) * 1000)
+        if self.guard >= 0:
+            poller.register(self.guard, select.POLLIN)
+        for fd, _ in poller.poll(None if seconds is None else max(0.0, seconds) * 1000):
+            if fd == self.guard:
+                self.guard = -1  # it stays readable
+                self.cut = self.stop_asked = True
         try:
             while os.read(self.wake, 512):
                 pass

@@ -9,7 +9,8 @@ forked:
     {"reaped": key}                                                the waiter has ended
 
 There are two: a light one for scripts, which imports next to nothing (what it touches is each waiter's memory), and a
-warm one for Python Works, which has imported the user's app.py. Both end with the agent; waiters and scripts live on.
+warm one for Python Works, which has imported the user's app.py. Both end with the agent; waiters and scripts live on,
+unless there is a guard: a process, the agent's parent, that they may not outlive.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ __all__ = ["main"]
 
 
 def main(argv: list[str]) -> NoReturn:
-    """`argv`: record folder, contact file, then for the warm one: "--warm", app file ("" for none), its arguments."""
-    record_dir, contact, *rest = argv
+    """`argv`: record folder, contact file, pid of the guard ("0" for none), then for the warm one: "--warm", app file
+    ("" for none), its arguments."""
+    record_dir, contact, guard_pid, *rest = argv
     home = os.environ.get("ORCH_CRASH_HOME")
     if home is not None:
         sys.path.append(home)
@@ -49,6 +51,7 @@ def main(argv: list[str]) -> NoReturn:
     os.dup2(null, 0)
     os.close(null)
     waiter.name_process("orch-zygote")
+    guard = _open_guard(int(guard_pid))
     if rest:
         problem = _import_app(rest[1], rest[2:])
         if problem is not None:
@@ -56,9 +59,23 @@ def main(argv: list[str]) -> NoReturn:
             os._exit(1)
     try:
         _send(control, {"ready": True})
-        _Server(control, record_dir, contact).serve()
+        _Server(control, record_dir, contact, guard).serve()
     except (BrokenPipeError, ConnectionResetError):  # the agent is gone
         os._exit(0)
+
+
+def _open_guard(pid: int) -> int:
+    """A descriptor that is readable once that process has ended; -1 for none (and where there is no pidfd)."""
+    if not pid or not waiter.LINUX:
+        return -1
+    try:
+        guard = os.pidfd_open(pid)
+    except ProcessLookupError:
+        os._exit(1)  # the agent has ended with it
+    agent = waiter.proc_stat(os.getppid())
+    if agent is None or agent.ppid != pid:
+        os._exit(1)  # asked after the open: the number is another process's by now
+    return guard
 
 
 def _send(control: socket.socket, answer: dict[str, Any]) -> None:
@@ -91,9 +108,10 @@ def _import_app(app_file: str, app_argv: list[str]) -> dict[str, str] | None:
 
 
 class _Server:
-    def __init__(self, control: socket.socket, record_dir: str, contact: str) -> None:
+    def __init__(self, control: socket.socket, record_dir: str, contact: str, guard: int) -> None:
         self.control = control
         self.contact = contact
+        self.guard = guard
         self.record_dir = record_dir
         self.children: dict[int, str] = {}
 
@@ -147,7 +165,7 @@ class _Server:
             return
         if pid == 0:
             until = f"{lease.decode()}:{self.contact}" if lease != b"-" else ""
-            waiter.attend(name, float(grace), until, request, self.record_dir, self.reply)
+            waiter.attend(name, float(grace), until, self.guard, request, self.record_dir, self.reply)
         waiter.crash_point("zygote.forked")
         self.children[pid] = name
 
