@@ -921,6 +921,7 @@ class Service:
                     "pid": self._links.pid(agent.name),
                 }
                 for agent in engine.agents.values()
+                if agent.name == LOCAL or agent.up or agent.launching or agent.expected or agent.silent
             ],
         }
 

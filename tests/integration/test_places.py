@@ -180,7 +180,8 @@ def test_an_agent_that_is_killed_is_followed_by_one_in_its_place(app: PlacesApp)
     app.until("trainer", "running")
     first = app.places()["trainer"]
     os.kill(int(str(first["pid"])), signal.SIGKILL)
-    wait_until(lambda: app.places()["trainer"]["epoch"] != first["epoch"], 30, what="another agent")
+    epochs = lambda: {agent["name"]: agent["epoch"] for agent in app.get("/status")["agents"] if agent["up"]}  # noqa: E731
+    wait_until(lambda: epochs().get("trainer", first["epoch"]) != first["epoch"], 30, what="another agent")
     assert app.places()["trainer"]["place_pid"] == first["place_pid"]
     app.go("trainer")
     done = app.until("trainer", "succeeded")

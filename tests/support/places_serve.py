@@ -1,8 +1,8 @@
 """`python places_serve.py run APP OPTIONS`: an `orch run` in which every Work has a place of its own, as on a cluster.
 
-A place is a folder with a copy of the app, and a process (tests/children/place.py) that its agent and its scripts do not
-outlive. Nothing but the Drive is shared: what a script writes elsewhere stays in its place, logs come by HTTP. A Work
-whose compute is called "moon" cannot be placed.
+A place is a folder with a copy of the app, and a process (tests/children/place.py) that its agent and its scripts do
+not outlive. Nothing but the Drive is shared: what a script writes elsewhere stays in its place, logs come by HTTP. A
+Work whose compute is called "moon" cannot be placed.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class PlacesRuntime:
         self._root = root
         self._places = AppFolder(root).run / "places"
         self._machines = root / ".machines"
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     def _file(self, agent: str) -> Path:
         return self._places / f"{agent}.json"
@@ -50,7 +51,7 @@ class PlacesRuntime:
             found: Handle = json.loads(self._file(agent).read_bytes())
         except FileNotFoundError:
             return None
-        return found
+        return found if "url" in found else None
 
     @staticmethod
     def _place(handle: Handle | None) -> Any:
@@ -78,12 +79,18 @@ class PlacesRuntime:
                     stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
                 )  # fmt: skip
             pid = place.pid
-        ready = await self._ready(machine / "orch" / "run" / f"agent-{spec.agent}.json", spec.epoch)
+            self._children[pid] = place
         stat = proc_stat(pid)
         if stat is None:
             raise AgentDied("its place has ended")
-        handle = {**ready, "machine": str(machine), "since": since, "place_pid": pid, "place_start": stat.start}
+        handle = {
+            "agent": spec.agent, "epoch": spec.epoch, "machine": str(machine), "since": since, "place_pid": pid,
+            "place_start": stat.start,
+        }  # fmt: skip
         self._places.mkdir(exist_ok=True)
+        write_atomic(self._file(spec.agent), json.dumps(handle).encode(), mode=0o600)
+        ready = await self._ready(machine / "orch" / "run" / f"agent-{spec.agent}.json", spec.epoch)
+        handle = {**handle, **ready}
         write_atomic(self._file(spec.agent), json.dumps(handle).encode(), mode=0o600)
         return handle
 
@@ -123,9 +130,12 @@ class PlacesRuntime:
         if place is not None:
             send(place, 9)
             await asyncio.to_thread(wait_gone, [place], 5.0)
-        current = self.found(handle["agent"])
-        if current is not None and current["epoch"] == handle["epoch"]:
-            self._file(handle["agent"]).unlink()
+        child = self._children.pop(handle["place_pid"], None)
+        if child is not None:
+            await asyncio.to_thread(child.wait)
+        path = self._file(handle["agent"])
+        if path.exists() and json.loads(path.read_bytes())["epoch"] == handle["epoch"]:
+            path.unlink()
 
     async def reachable(self) -> bool:
         return True
