@@ -207,6 +207,13 @@ class Client:
         params = {"component": component, "version": version, "verify": True}
         return int(_json(self._send("GET", _drive(drive, path), params=params, timeout=None))["files"])
 
+    def drive_link(
+        self, drive: str, path: str, *, seconds: int, component: str | None = None, version: int | None = None
+    ) -> str:
+        """An address of a file in a bucket that needs no token, for that many seconds."""
+        found = self._get(_drive(drive, path), component=component, version=version, link=True, seconds=seconds)
+        return str(found["url"])
+
     def drive_put(self, drive: str, path: str, source: Path) -> dict[str, Any]:
         """Upload a file as a new version of `path`; returns {"path", "version", "size", ...}."""
         with source.open("rb") as file:
@@ -221,15 +228,16 @@ class Client:
         version: int | None = None,
         partial: bool = False,
     ) -> list[dict[str, Any]]:
-        """What `drive_get` can download of a path: {"path", "version", "component", "sha256"} of the file itself, or
-        of each file of the folder. NotFound, DriveAmbiguous."""
+        """What `drive_get` can download of a path: {"path", "version", "component", "size", "sha256"} of the file
+        itself, or of each file of the folder. NotFound, DriveAmbiguous."""
         route = _drive(drive, path)
         params = {"component": component, "version": version, "partial": partial, "recursive": True}
         with self._stream(route, params, TIMEOUT) as response:
-            version, etag = response.headers.get("x-orch-version"), response.headers.get("etag", "")
-            if version is None:
+            headers = response.headers
+            if "x-orch-version" not in headers:
                 return list(msgspec.json.decode(response.read()))
-        return [{"path": path, "version": int(version), "component": component, "sha256": etag.strip('"')}]
+        file = {"size": int(headers["content-length"]), "sha256": headers["etag"].strip('"')}
+        return [{"path": path, "version": int(headers["x-orch-version"]), "component": component, **file}]
 
     def drive_get(self, drive: str, file: Mapping[str, Any], *, partial: bool = False) -> Iterator[bytes]:
         """The bytes of a file that `drive_find` has found, in pieces."""

@@ -173,6 +173,7 @@ def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     assert (cli.folder / "got.py").read_text() == (cli.folder / "once.py").read_text()
     assert cli("drive", "verify")[0] == ".: 2 files verified\n"
     assert cli.json("drive", "versions", "out")[0]["version"] == 1
+    assert "bucket" in cli("drive", "get", "code/x.py", "--link", code=2)[1]
     cli("drive", "rm", "code/x.py")
     assert "code" in cli("drive", "ls", "code", code=1)[1]
 
@@ -223,6 +224,7 @@ def test_an_app_by_its_address(cli: Cli, tmp_path: Path) -> None:
     assert far.json("drive", "get", "data", "got", "--overwrite", *here)["files"] == ["a.txt", "b.txt"]
     assert far.json("drive", "get", "data/a.txt", "got", *here) == {"to": "got/a.txt", "version": 1, "files": []}
     assert far("drive", "get", "nothing", *here, code=1)[1] == cli("drive", "get", "nothing", code=1)[1]
+    assert "bucket" in far("drive", "get", "data/a.txt", "--link", *here, code=1)[1]
     refused = far("down", *here, code=2)[1]
     assert "is not an app of this machine" in refused and parts.query not in refused
     assert "all ended" in cli("down", *here)[0]

@@ -111,6 +111,41 @@ async def test_versions_and_verify(http: httpx.AsyncClient, store: DriveStore) -
     assert (await http.get("/api/v1/drive/app/lightning_logs?verify=true")).json()["files"] == 2
 
 
+async def test_links(http: httpx.AsyncClient, store: DriveStore) -> None:
+    answer = await http.get("/api/v1/drive/app/model.pt2?link=true")
+    assert answer.status_code == 409 and "bucket" in answer.json()["detail"]
+    assert (await http.get("/api/v1/drive/app/nothing?link=true")).status_code == 404
+
+
+async def test_a_drive_in_a_bucket(tmp_path: Path, s3_url: str) -> None:
+    """List, download, ranges, zip, upload, versions, verify, links, as on local disk."""
+    backend = FakeBackend(tmp_path)
+    backend.drive_url = s3_url
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for n in range(12):
+        (logs / f"f{n}").write_text(f"text {n}")
+    store = DriveStore(s3_url, "app")
+    store.publish("trainer", "logs", logs)
+    async with in_memory(backend) as http:
+        assert len((await http.get("/api/v1/drive/app/logs")).json()) == 12
+        for name in ("logs/f7", "in/x"):
+            if name == "in/x":
+                assert (await http.put(f"/api/v1/drive/app/{name}", content=b"text 7")).status_code == 201
+            part = await http.get(f"/api/v1/drive/app/{name}", headers={"range": "bytes=5-"})
+            assert (part.status_code, part.text) == (206, "7")
+            answer = (await http.get(f"/api/v1/drive/app/{name}?link=true&seconds=60")).json()
+            async with httpx.AsyncClient() as anybody:
+                assert (await anybody.get(answer["url"])).text == "text 7"
+        answer = await http.get("/api/v1/drive/app/logs?zip=true")
+        with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+            assert archive.read("f11") == b"text 11" and len(archive.namelist()) == 12
+        assert (await http.get("/api/v1/drive/app/logs?verify=true")).json()["files"] == 12
+        assert [row["version"] for row in (await http.get("/api/v1/drive/app/in/x?versions=true")).json()] == [1]
+        assert (await http.delete("/api/v1/drive/app/in/x")).status_code == 204
+        assert (await http.get("/api/v1/drive/app/in/x")).status_code == 404
+
+
 async def test_a_folder_as_zip(http: httpx.AsyncClient, store: DriveStore) -> None:
     answer = await http.get("/api/v1/drive/app/lightning_logs?zip=true")
     assert answer.headers["content-type"] == "application/zip"

@@ -13,7 +13,8 @@ import posixpath
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,9 @@ __all__ = [
     "versions",
     "versions_arguments",
 ]
+
+Progress = Callable[[int, int], None]
+"""Told of bytes: how many of how many."""
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +128,9 @@ def get_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", type=int, metavar="N", help="an earlier version that is kept")
     parser.add_argument("--partial", action="store_true", help="an unfinished version too")
     parser.add_argument("--overwrite", action="store_true", help="replace local files that differ")
+    parser.add_argument(
+        "--link", type=int, nargs="?", const=3600, metavar="SECONDS", help="of a file in a bucket: print an address"
+    )
     _common(parser)
 
 
@@ -134,6 +141,8 @@ def get(args: argparse.Namespace) -> int:
     path = check_path(args.path)
     to = Path(args.to or posixpath.basename(path) or ".").expanduser()
     target = find_target(args.app)
+    if args.link is not None:
+        return _print_link(target, args)
     if target.folder is None:
         with target.client() as client:
             found = client.drive_find(
@@ -141,7 +150,8 @@ def get(args: argparse.Namespace) -> int:
             )
             to = _place(to, path, is_dir=[file["path"] for file in found] != [path])
             version, count = max((file["version"] for file in found), default=0), len(found)
-            written = _download(client, found, path, to, args)
+            with _bar("get", args) as progress:
+                written = _download(client, found, path, to, args, progress)
     else:
         store = _store(target, args.drive)
         manifest = store.resolve(path, component=args.component, version=args.version, partial=args.partial)
@@ -153,7 +163,8 @@ def get(args: argparse.Namespace) -> int:
             raise store.index().missing(path, args.component)
         to = _place(to, path, is_dir=manifest.is_dir)
         version, count = manifest.version, len(manifest.entries)
-        written = store.fetch(manifest, to, overwrite=args.overwrite)
+        with _bar("get", args) as progress:
+            written = store.fetch(manifest, to, overwrite=args.overwrite, progress=progress)
     if args.json:
         print_json({"to": str(to), "version": version, "files": written})
     else:
@@ -169,7 +180,14 @@ def _place(to: Path, path: str, *, is_dir: bool) -> Path:
     return to
 
 
-def _download(client: Client, found: list[dict[str, Any]], path: str, to: Path, args: argparse.Namespace) -> list[str]:
+def _download(
+    client: Client,
+    found: list[dict[str, Any]],
+    path: str,
+    to: Path,
+    args: argparse.Namespace,
+    progress: Progress | None,
+) -> list[str]:
     """As `DriveStore.fetch` does it, but over REST. Returns the names that were written, relative to the path."""
     from orch_drive.manifest import check_path
 
@@ -184,6 +202,7 @@ def _download(client: Client, found: list[dict[str, Any]], path: str, to: Path, 
         if local.exists() and not (args.overwrite and local.is_file()):
             raise DriveConflict(f"{local} exists and differs from the Drive's", hint="--overwrite replaces it")
         todo.append((posixpath.basename(path) if name == "." else name, local, file))
+    done, total = 0, sum(file["size"] for _, _, file in todo)
     for _, local, file in todo:
         local.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".orch-get-", dir=local.parent) as folder:
@@ -191,6 +210,9 @@ def _download(client: Client, found: list[dict[str, Any]], path: str, to: Path, 
             with fresh.open("wb") as out:
                 for piece in client.drive_get(args.drive, file, partial=args.partial):
                     out.write(piece)
+                    done += len(piece)
+                    if progress is not None:
+                        progress(done, total)
             if _sha256(fresh) != file["sha256"]:
                 raise DriveCorrupt(f"{file['path']!r} has changed on its way", hint="ask again")
             os.replace(fresh, local)
@@ -200,6 +222,49 @@ def _download(client: Client, found: list[dict[str, Any]], path: str, to: Path, 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _print_link(target: Target, args: argparse.Namespace) -> int:
+    if not 1 <= args.link <= 7 * 86400:
+        raise UsageError("drive get: a link holds for 1 second to 7 days", hint="--link 3600")
+    if target.folder is None:
+        with target.client() as client:
+            url = client.drive_link(
+                args.drive, args.path, seconds=args.link, component=args.component, version=args.version
+            )
+    else:
+        store = _store(target, args.drive)
+        manifest = store.resolve(args.path, component=args.component, version=args.version)
+        if manifest is None:
+            raise store.index().missing(args.path, args.component)
+        found = store.link(manifest, seconds=args.link)
+        if found is None:
+            raise UsageError(
+                f"drive get: {args.path} has no link: only a single file in a bucket has one",
+                hint="an app with `--drive s3://...` keeps its files in one",
+            )
+        url = found
+    if args.json:
+        print_json({"url": url})
+    else:
+        sys.stdout.write(url + "\n")
+    return 0
+
+
+@contextmanager
+def _bar(verb: str, args: argparse.Namespace) -> Iterator[Progress | None]:
+    """A progress bar on a terminal; what it yields is told of bytes."""
+    if args.json or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # ---- put and rm ----------------------------------------------------------------------------------------------------
@@ -231,7 +296,8 @@ def put(args: argparse.Namespace) -> int:
 
         store = _store(target, args.drive)
         for name, file in _local_files(source, path):
-            done.append({"path": name, "version": store.publish(UPLOADER, name, file).version})
+            with _bar(f"put {name}", args) as progress:
+                done.append({"path": name, "version": store.publish(UPLOADER, name, file, progress=progress).version})
     _print_done(done, args, "published")
     return 0
 
@@ -330,7 +396,10 @@ def verify(args: argparse.Namespace) -> int:
         with target.client() as client:
             count = client.drive_verify(args.drive, args.path, component=args.component, version=args.version)
     else:
-        count = _store(target, args.drive).verify(args.path, component=args.component, version=args.version)
+        with _bar("verify", args) as progress:
+            count = _store(target, args.drive).verify(
+                args.path, component=args.component, version=args.version, progress=progress
+            )
     if args.json:
         print_json({"path": args.path, "files": count, "ok": True})
     else:

@@ -6,6 +6,7 @@ import asyncio
 import mimetypes
 import re
 import tempfile
+import time
 import zipfile
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from orch.server.asgi import HEAD_REQUEST, ClientGone
 from orch.server.context import Context
 from orch.server.openapi import header, problems
 from orch.server.responses import Json, Stream, parse_etags
-from orch_drive import DriveAmbiguous, DrivePathError, DriveStore, Manifest
+from orch_drive import DriveAmbiguous, DriveConflict, DrivePathError, DriveStore, Manifest
 from orch_drive.manifest import FileInfo, ManifestIndex, check_path, to_json
 
 __all__ = ["UPLOADER", "router"]
@@ -255,6 +256,16 @@ def _read(
     return response
 
 
+def _link(store: DriveStore, path: str, component: str | None, version: int | None, seconds: int) -> dict[str, Any]:
+    manifest = _resolve(store, store.index(), path, component, version, False)
+    url = store.link(manifest, seconds=seconds)
+    if url is None:
+        raise DriveConflict(
+            f"{path!r}: only a single file in a bucket has a link of its own", hint="download it from the app itself"
+        )
+    return {"path": path, "version": manifest.version, "url": url, "expires": time.time() + seconds}
+
+
 def _resolve(
     store: DriveStore, index: ManifestIndex, path: str, component: str | None, version: int | None, partial: bool
 ) -> Manifest:
@@ -309,6 +320,10 @@ def router(context: Context) -> APIRouter:
         recursive: Annotated[bool, Query(description="of a folder: all files below it")] = False,
         zip: Annotated[bool, Query(description="a folder as one zip file")] = False,
         verify: Annotated[bool, Query(description="compare the stored bytes with their checksums")] = False,
+        link: Annotated[
+            bool, Query(description="a file in a bucket: an address that needs no token, for a while")
+        ] = False,
+        seconds: Annotated[int, Query(ge=1, le=7 * 86400, description="how long the link holds")] = 3600,
     ) -> Response:
         store = stores.get(drive)
         path = check_path(path or ".")
@@ -320,6 +335,8 @@ def router(context: Context) -> APIRouter:
         if verify:
             count = await asyncio.to_thread(store.verify, path, component=component, version=version)
             return Json(context, {"path": path, "files": count})
+        if link:
+            return Json(context, await asyncio.to_thread(_link, store, path, component, version, seconds))
         return await asyncio.to_thread(
             _read, context, store, path, request, component, version, partial, recursive, zip
         )
