@@ -339,6 +339,7 @@ class DriveStore:
         previous: Manifest | None = None,
         root: Path | None = None,
         progress: Progress | None = None,
+        leave: Collection[str] = (),
     ) -> Manifest:
         """Publish a file or folder under `path`; returns the manifest that now counts (the old one if nothing changed).
 
@@ -347,7 +348,8 @@ class DriveStore:
         changing while it is read stays as it was (a complete version raises DriveConflict). `previous`: a manifest of
         this path whose unchanged files (size and times) need not be read again; by default the last one. `root`: links
         may not lead out of this folder (default: `source`, or its folder for a file). `epoch` 0 is not fenced.
-        `progress(done, total)`: told of bytes, those included that need not travel.
+        `progress(done, total)`: told of bytes, those included that need not travel. `leave`: names of files
+        of a folder that are being written: in a partial version they stay as they were.
 
         Raises DriveNotFound (no source), DriveStaleEpoch, DriveConflict, DrivePathError, DriveUnavailable.
         """
@@ -375,6 +377,7 @@ class DriveStore:
                 self._check_epoch(look, component, path, epoch)
                 hint = self._hint(look.index, component, path, str(real), host, cwd, previous)
                 hint.named -= look.broken
+                hint.leave = frozenset(leave) if partial else frozenset()
                 tick = None if progress is None else _tally(progress, real)
                 if is_dir:
                     entries = self._send_folder(real, limit, hint, partial, not sync, tick)
@@ -552,6 +555,10 @@ class DriveStore:
                 hint.weigh(hint.base if keep else {name for name, _ in files})
                 packer = _Packer(batch, hint.packed)
                 for name, file in files:
+                    if name in hint.leave:
+                        if name in hint.base:
+                            entries.append(hint.base[name])
+                        continue
                     try:
                         entries.append(self._send(name, file, hint, batch, partial, tick, packer))
                     except FileNotFoundError:
@@ -1349,7 +1356,7 @@ class _Hint:
     Far away no blob is looked at that a manifest `named` when the publish began; such blobs are `assumed` to be there.
     """
 
-    __slots__ = ("_sparse", "assumed", "base", "looked", "named", "packed", "trusted")
+    __slots__ = ("_sparse", "assumed", "base", "leave", "looked", "named", "packed", "trusted")
 
     def __init__(self, base: dict[str, Entry], trusted: dict[str, Entry], named: set[str]) -> None:
         self.base = base
@@ -1357,6 +1364,7 @@ class _Hint:
         self.named = named
         self.assumed: set[str] = set()
         self.looked: dict[str, bool] = {}
+        self.leave: frozenset[str] = frozenset()
         self.packed = {entry.sha256: entry.pack for entry in base.values() if entry.pack is not None}
         """Where in which pack a content lies."""
         self._sparse: set[str] = set()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_flow import flow_with_agent
+from testkit import wait_until
 
 from orch.wire import Ended, Published, StartCall
 from orch_drive import DriveAmbiguous, DriveConflict, DriveNotFound, DriveStaleEpoch, DriveStore
+from orch_workers import outputs
 from orch_workers.outputs import FileTransfer, split_owner
 
 Make = Callable[..., FileTransfer]
@@ -37,6 +42,7 @@ def make(tmp_path: Path, url: str) -> Make:
     ) -> FileTransfer:
         cwd = tmp_path / folder
         cwd.mkdir(exist_ok=True)
+        fields.setdefault("sync_interval", 0.0)  # no file has to be quiet
         start = StartCall(work=work, call=f"1-{work}-1", attempt=attempt, kind="script", **fields)
         return FileTransfer(
             start,
@@ -156,6 +162,89 @@ def test_outputs_partial_then_complete(make: Make, tmp_path: Path, url: str) -> 
     assert (found := store.resolve("logs", partial=True)) is not None and found.partial
     make("trainer", outputs=["logs"]).prepare()
     assert (found := store.resolve("logs", partial=True)) is not None and not found.partial
+
+
+def test_a_file_that_is_being_written_waits_until_it_is_quiet(make: Make, tmp_path: Path, url: str) -> None:
+    store = DriveStore(url, "app")
+    transfer = make("trainer", outputs=["out"], sync_interval=60.0)
+
+    def there() -> dict[str, int]:
+        manifest = store.resolve("out", partial=True)
+        return {} if manifest is None else {entry.name: entry.size for entry in manifest.entries}
+
+    def old(name: str) -> None:
+        os.utime(tmp_path / "cwd/out" / name, ns=(10**18, 10**18))
+
+    put(tmp_path / "cwd", {"out/model.pt": "half"})
+    transfer.sync()
+    assert there() == {}
+    put(tmp_path / "cwd", {"out/events.out.tfevents.1": "12", "out/metrics.csv": "a,b", "out/done.pt": "done"})
+    old("done.pt")
+    transfer.sync()
+    assert there() == {"events.out.tfevents.1": 2, "metrics.csv": 3, "done.pt": 4}
+    put(tmp_path / "cwd", {"out/model.pt": "whole model"})
+    old("model.pt")
+    transfer.sync()
+    assert there()["model.pt"] == 11
+    put(tmp_path / "cwd", {"out/model.pt": "the next one, half"})
+    transfer.sync()
+    assert there()["model.pt"] == 11, "the last whole one stays"
+    transfer.sync(ended=True)
+    assert there()["model.pt"] == 18
+
+
+def test_a_file_whose_clock_is_ahead_gets_quiet_too(
+    make: Make, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DriveStore(url, "app")
+    transfer = make("trainer", outputs=["out", "one"], sync_interval=60.0)
+    put(tmp_path / "cwd", {"out/model.pt": "model", "one": "single"})
+    for name in ("out/model.pt", "one"):
+        os.utime(tmp_path / "cwd" / name, ns=(4 * 10**18, 4 * 10**18))
+    now = [100.0]
+    monkeypatch.setattr("orch_workers.outputs.time.monotonic", lambda: now[0])
+    transfer.sync()
+    transfer.sync()
+    assert store.resolve("out", partial=True) is None and store.resolve("one", partial=True) is None
+    now[0] += 2
+    transfer.sync()
+    assert store.read_bytes("out/model.pt", partial=True) == b"model"
+    assert store.read_bytes("one", partial=True) == b"single"
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_outputs_are_looked_through_when_something_happened(
+    make: Make, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    store = DriveStore(url, "app")
+    if not watched:
+        monkeypatch.setitem(sys.modules, "watchfiles._rust_notify", None)
+    looked: list[Path] = []
+    fingerprint = outputs._fingerprint
+    monkeypatch.setattr(outputs, "_fingerprint", lambda path: (looked.append(path), fingerprint(path))[1])
+    transfer = make("trainer", outputs=["out"])
+    put(tmp_path / "cwd", {"out/deep/a": "1"})
+    transfer.sync()
+    assert store.read_bytes("out/deep/a", partial=True) == b"1"
+    if watched:
+        wait_until(lambda: (looked.clear(), transfer.sync(), not looked)[2])  # what it heard before has passed
+    looked.clear()
+    transfer.sync()
+    assert len(looked) == (0 if watched else 1)
+
+    def seen(name: str, text: bytes) -> bool:
+        transfer.sync()
+        found = store.resolve(name, partial=True)
+        return found is not None and store.read_bytes(name, partial=True) == text
+
+    put(tmp_path / "cwd", {"out/deep/a": "22", "out/new/b": "3"})
+    wait_until(lambda: seen("out/deep/a", b"22") and seen("out/new/b", b"3"))
+    put(tmp_path / "cwd", {"out/new/b": "44"})
+    wait_until(lambda: seen("out/new/b", b"44"))
+    shutil.rmtree(tmp_path / "cwd/out")
+    put(tmp_path / "cwd", {"out/deep/a": "made again"})
+    wait_until(lambda: seen("out/deep/a", b"made again"))
+    transfer.finish()
 
 
 def test_an_old_incarnation_cannot_publish(make: Make, tmp_path: Path) -> None:

@@ -971,7 +971,7 @@ class Agent:
                 if reason is None:
                     result = await asyncio.to_thread(attempt.transfer.finish)
                 else:  # what a failed call has left stays readable as partial
-                    await asyncio.to_thread(attempt.transfer.sync)
+                    await asyncio.to_thread(attempt.transfer.sync, ended=True)
             except (DriveError, OrchError, OSError) as error:
                 if reason is None:
                     reason, message = "exception", _explain(error)

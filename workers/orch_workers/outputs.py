@@ -6,9 +6,11 @@ Everything here blocks; the agent calls it in threads, one call at a time for an
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ from orch_drive import DriveConflict, DriveNotFound
 from orch_drive.crash import crash_point
 
 if TYPE_CHECKING:
+    from watchfiles._rust_notify import RustNotify
+
     from orch_drive import DriveStore, Manifest
 
 __all__ = ["APP_DRIVE", "FileTransfer", "split_owner"]
@@ -24,7 +28,16 @@ __all__ = ["APP_DRIVE", "FileTransfer", "split_owner"]
 APP_DRIVE = "app"
 """The Drive of a script that was given none."""
 
+log = logging.getLogger(__name__)
+
 Fingerprint = tuple[tuple[str, int, int], ...]
+
+_QUIET = 1.0
+"""Seconds for which a file has to be left alone before an unfinished version takes it over; at most half a sync."""
+_ANYWAY = 15
+"""Syncs after which an output is looked through although nothing was heard of it."""
+_GROWS = (".csv", ".jsonl", ".ndjson", ".log", ".txt")
+"""Files of these kinds may be cut at any place: they need not be quiet. So do TensorBoard's."""
 
 
 def split_owner(path: str) -> tuple[str | None, str]:
@@ -66,6 +79,9 @@ class FileTransfer:
         self._reported: dict[str, int] = {}
         self._synced: dict[str, Fingerprint] = {}
         self._loaded: dict[str, int] = {}
+        self._watches: dict[str, _Watch] = {}
+        self._seen: dict[str, tuple[int, int, float]] = {}
+        self._quiet = min(_QUIET, start.sync_interval / 2)
 
     def output_paths(self) -> list[Path]:
         """Absolute."""
@@ -98,18 +114,54 @@ class FileTransfer:
 
     # -- while it runs
 
-    def sync(self) -> None:
-        """Publishes a partial version of each output that changed, and fetches each reload that changed. Raises what
-        the Drive raises; the next sync tries again."""
+    def sync(self, *, ended: bool = False) -> None:
+        """Publishes a partial version of each output that changed, and fetches each reload that changed. A file that is
+        being written stays as it was until it is quiet, or the script has `ended`. Raises what the Drive raises; the
+        next sync tries again."""
         for path in self._start.outputs:
             source = self._cwd / path
-            found = _fingerprint(source)
-            if found is None or self._synced.get(path) == found:
+            watch = self._watches.setdefault(path, _Watch(source))
+            if not watch.changed() and not ended:
                 continue
-            self._publish(path, partial=True)
-            self._synced[path] = found
+            found = _fingerprint(source)
+            if found is not None and self._synced.get(path) != found:
+                busy = set() if ended else self._busy(source, found)
+                if not (busy and busy.issuperset(self._news(path, found))):
+                    self._publish(path, partial=True, leave=busy)
+                if busy:
+                    continue
+                self._synced[path] = found
+            watch.settled()
+        if ended:
+            self._watches.clear()
         for path in self._start.reload:
             self._fetch(path, partial=True)
+
+    def _news(self, path: str, found: Fingerprint) -> set[str]:
+        """Names of the files that changed since they were last published."""
+        return {row[0] for row in set(found).difference(self._synced.get(path, ()))}
+
+    def _busy(self, source: Path, found: Fingerprint) -> set[str]:
+        """Names of the files that somebody may still be writing to.
+
+        The file's time is enough if it lies back; where the file system's clock is another, it is the second look at
+        the same size and time that shows it.
+        """
+        now, clock = time.monotonic(), time.time()
+        busy: set[str] = set()
+        for name, size, mtime_ns in found:
+            where = os.path.join(source, name) if name else str(source)
+            last = os.path.basename(where)
+            if "tfevents" in last or last.endswith(_GROWS) or clock - mtime_ns / 1e9 >= self._quiet:
+                self._seen.pop(where, None)
+                continue
+            seen = self._seen.get(where)
+            if seen is None or seen[:2] != (size, mtime_ns):
+                self._seen[where] = (size, mtime_ns, now)
+                busy.add(name)
+            elif now - seen[2] < self._quiet:
+                busy.add(name)
+        return busy
 
     # -- at its end
 
@@ -127,6 +179,7 @@ class FileTransfer:
             )
         for path in self._start.outputs:
             self._publish(path, partial=False)
+        self._watches.clear()
         return list(self._start.outputs)
 
     # -- inside
@@ -148,7 +201,7 @@ class FileTransfer:
             self._store_ = DriveStore(self._drive_url, self._drive_id)
         return self._store_
 
-    def _publish(self, path: str, *, partial: bool) -> None:
+    def _publish(self, path: str, *, partial: bool, leave: Collection[str] = ()) -> None:
         manifest = self._store.publish(
             self._start.work,
             path,
@@ -159,6 +212,7 @@ class FileTransfer:
             host=self._host,
             cwd=str(self._cwd),
             root=self._cwd,
+            leave=leave,
         )
         crash_point("agent.published")
         if self._reported.get(path) != manifest.serial:
@@ -218,6 +272,52 @@ class FileTransfer:
         self._loaded[mark] = manifest.serial
 
 
+class _Watch:
+    """Says whether something below an output may have changed, without walking through it.
+
+    The kernel tells (watchfiles); where it cannot, or has run out of watches, the answer is always yes. So it is for a
+    single file, for a folder that was just made or replaced, and now and then in any case.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._notify: RustNotify | None = None
+        self._place: tuple[int, int] | None = None
+        self._dirty = True
+        self._looks = 0
+
+    def changed(self) -> bool:
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            self._place = self._notify = None
+            self._dirty = True
+            return False
+        if not self._path.is_dir():
+            return True
+        self._looks += 1
+        if (status.st_dev, status.st_ino) != self._place:
+            self._place = status.st_dev, status.st_ino
+            self._notify = self._begin()
+            self._dirty = True
+        elif self._notify is None or self._looks % _ANYWAY == 0 or self._notify.watch(1, 1, 1, None) != "timeout":
+            self._dirty = True
+        return self._dirty
+
+    def settled(self) -> None:
+        """All that has been heard of is published."""
+        self._dirty = False
+
+    def _begin(self) -> RustNotify | None:
+        try:
+            from watchfiles._rust_notify import RustNotify
+
+            return RustNotify([str(self._path)], False, False, 300, True, True)
+        except (ImportError, OSError, RuntimeError) as error:
+            log.info("%s is not watched but looked through at each sync: %s", self._path, error)
+            return None
+
+
 def _touch(one: Path, other: Path) -> bool:
     return one == other or one in other.parents or other in one.parents
 
@@ -233,27 +333,27 @@ def _is(path: Path, size: int, sha256: str) -> bool:
 
 
 def _fingerprint(path: Path) -> Fingerprint | None:
-    """Name, size and time of every file; None if there is nothing. Cheap: no file is opened."""
+    """Name below the path, size and time of every file; None if there is nothing. No file is opened."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
         return None
     if not path.is_dir():
         return (("", status.st_size, status.st_mtime_ns),)
-    return tuple(sorted(_files(str(path))))
+    return tuple(sorted(_files(str(path), "")))
 
 
-def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+def _files(folder: str, above: str) -> Iterator[tuple[str, int, int]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    yield from _files(entry.path)
+                    yield from _files(entry.path, f"{above}{entry.name}/")
                     continue
                 try:
                     status = entry.stat()
                 except FileNotFoundError:  # vanished, or a dangling link
                     continue
-                yield entry.path, status.st_size, status.st_mtime_ns
+                yield above + entry.name, status.st_size, status.st_mtime_ns
     except FileNotFoundError:
         return
