@@ -305,7 +305,7 @@ def _drive(url: str | None) -> str | None:
     if protocol in ("s3", "s3a"):
         import importlib.util
 
-        if importlib.util.find_spec("s3fs") is None:
+        if not all(map(importlib.util.find_spec, ("obstore", "botocore"))):
             raise UsageError("run: --drive s3:// comes with the extra [s3]", hint="pip install 'orch[s3]'")
     return url
 

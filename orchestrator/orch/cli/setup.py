@@ -28,7 +28,7 @@ __all__ = ["Check", "checks", "doctor", "doctor_arguments", "init", "init_argume
 
 EXTRAS = {
     "ui": ("streamlit",),
-    "s3": ("s3fs",),
+    "s3": ("obstore", "botocore"),
     "studio": ("torch", "pytorch_lightning", "jsonargparse", "gradio", "tensorboard", "streamlit"),
 }
 
