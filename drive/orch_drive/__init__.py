@@ -7,8 +7,9 @@
     drive.get("checkpoints")     # verified, file by file by rename
 
 Rooms: `drive` (what users call), `store` (publish, resolve, fetch, versions, gc), `storage` (bytes: local disk and
-fsspec), `manifest` (PURE: what a version consists of, which file a path means), `errors`. Importing the package loads
-only `drive` and `errors`; fsspec is loaded by the first Drive that is not on local disk.
+fsspec), `s3` (bytes in a bucket), `manifest` (PURE: what a version consists of, which file a path means), `errors`.
+Importing the package loads only `drive` and `errors`; fsspec and the S3 libraries are loaded by the first Drive that
+needs them.
 """
 
 from __future__ import annotations

@@ -1181,6 +1181,33 @@ def test_a_full_disk_is_said(store: DriveStore, tmp_path: Path, monkeypatch: pyt
     assert store.read_bytes("s/a") == b"1"
 
 
+def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = store.publish("trainer", "s", write(tmp_path / "s", a="new a", b="new b"))
+    write(tmp_path / "dest", a="old")
+    full = os.statvfs_result((4096, 4096, 100, 0, 0, 100, 100, 100, 0, 255))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: full)
+        with pytest.raises(DriveUnavailable, match="does not fit") as error:
+            store.fetch(manifest, tmp_path / "dest")
+    assert error.value.hint == "the disk is full" and tree(tmp_path / "dest") == {"a": "old"}
+
+
+def test_names_that_differ_by_case_are_refused_where_they_are_one(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = store.publish("trainer", "s", write(tmp_path / "s", Model__a="1", model__a="2", c="3"))
+    store.fetch(manifest, tmp_path / "here")
+    assert len(tree(tmp_path / "here")) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("orch_drive.store.folds_case", lambda folder: True)
+        with pytest.raises(DrivePathError, match=r"Model.*model"):
+            store.fetch(manifest, tmp_path / "there")
+        store.fetch(manifest, tmp_path / "part", subpath="model")
+    assert not (tmp_path / "there").exists() and tree(tmp_path / "part") == {"a": "2"}
+
+
 def test_a_reader_makes_nothing(tmp_path: Path) -> None:
     store = DriveStore(f"{tmp_path}/none", "app")
     assert store.list() == [] and store.manifests() == [] and store.resolve("x") is None
@@ -1224,12 +1251,15 @@ TARGETS = st.sampled_from(["d", "d/a", "d/e", "d/e/c", "."])
 class DriveModel(RuleBasedStateMachine):
     """What the Drive holds is what a dict would hold; every kept version of `d` stays what it was."""
 
-    kind: Literal["local", "memory"] = "local"
+    kind: Literal["local", "memory", "s3"] = "local"
 
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
-        self.base = f"{self.folder}/store" if self.kind == "local" else f"memory://{uuid4().hex}"
+        name = uuid4().hex
+        self.base = {"local": f"{self.folder}/store", "memory": f"memory://{name}", "s3": f"s3://drive-tests/{name}"}[
+            self.kind
+        ]
         self.cwd = self.folder / "cwd"
         self.cwd.mkdir()
         self.drive = Drive("m").bind(base_url=self.base, component="t", cwd=self.cwd)
@@ -1312,6 +1342,10 @@ class MemoryDriveModel(DriveModel):
     kind = "memory"
 
 
+class S3DriveModel(DriveModel):
+    kind = "s3"
+
+
 _small = settings(
     max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
@@ -1319,3 +1353,6 @@ TestDriveModel = DriveModel.TestCase
 TestDriveModel.settings = _small
 TestMemoryDriveModel = MemoryDriveModel.TestCase
 TestMemoryDriveModel.settings = _small
+TestS3DriveModel = S3DriveModel.TestCase
+TestS3DriveModel.settings = settings(_small, max_examples=8)
+TestS3DriveModel = pytest.mark.usefixtures("s3_url")(TestS3DriveModel)

@@ -110,6 +110,31 @@ def test_an_interrupted_upload_is_gone_on_with(
     assert not left.get("Uploads")
 
 
+@pytest.mark.parametrize(
+    "point", ["drive.blob.renamed:1", "drive.part.sent:1", "drive.blob.written:1", "drive.manifest.renamed:1"]
+)
+def test_a_put_killed_anywhere_leaves_a_whole_version(
+    store: DriveStore, s3_url: str, tmp_path: Path, point: str
+) -> None:
+    source = tmp_path / "s"
+    source.mkdir()
+    (source / "a").write_text("old")
+    store.publish("trainer", "big", source)
+    (source / "a").write_text("new")
+    sha256 = large(source / "b", 20 * MIB)
+    command = [sys.executable, "-P", "-c", PUT, s3_url, str(source)]
+    env = {**os.environ, "ORCH_CRASH_AT": point}
+    assert subprocess.run(command, env=env, start_new_session=True, timeout=100).returncode == -9
+    reader = DriveStore(s3_url, "app")
+    committed = point.startswith("drive.manifest")
+    assert reader.read_bytes("big/a") == (b"new" if committed else b"old")
+    assert reader.verify("big") == (2 if committed else 1)
+    assert subprocess.run(command, start_new_session=True, timeout=100).returncode == 0
+    found = reader.resolve("big/b")
+    assert found is not None and found.entries[0].sha256 == sha256
+    assert reader.read_bytes("big/a") == b"new" and reader.verify("big") == 2
+
+
 def test_an_interrupted_download_is_gone_on_with(
     store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
