@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from orch_drive.manifest import Manifest, ManifestIndex, VersionInfo
     from orch_drive.store import DriveStore
 
-__all__ = ["FLOW_INDEX", "Drive"]
+__all__ = ["APP_DRIVE", "FLOW_INDEX", "Drive", "drives_in"]
+
+APP_DRIVE = "app"
+"""The Drive of a script that was given none."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _FETCH_TRIES = 5
@@ -32,6 +35,9 @@ FLOW_INDEX: ContextVar[Callable[[str], ManifestIndex] | None] = ContextVar("FLOW
 
 on_publish: Callable[[Manifest], None] | None = None
 """Set in the process of a Python Work: told of what Drives publish that nobody has bound."""
+
+own_epoch = 0
+"""Set there too: the epoch in which such Drives write."""
 
 
 class Drive:
@@ -60,7 +66,7 @@ class Drive:
         self._component: str | None = None
         self._cwd: str | None = None
         self._host: str | None = None
-        self._epoch = 0
+        self._epoch: int | None = None
         self._call: str | None = None
         self._on_publish: Callable[[Manifest], None] | None = None
         self._index: ManifestIndex | None = None
@@ -157,7 +163,7 @@ class Drive:
             name,
             root / _checked(name),
             sync=sync,
-            epoch=self._epoch,
+            epoch=self._writes_in,
             call=self._call if self._call is not None else os.environ.get("ORCH_CALL"),
             host=self._host if self._host is not None else os.uname().nodename,
             cwd=str(root),
@@ -223,7 +229,7 @@ class Drive:
     def delete(self, path: str | os.PathLike[str]) -> None:
         """Delete a file or folder that this component published. Raises DriveNotFound (naming who has it)."""
         store = self._store("delete")
-        for manifest in store.delete(self.component_name, _text(path), epoch=self._epoch, call=self._call):
+        for manifest in store.delete(self.component_name, _text(path), epoch=self._writes_in, call=self._call):
             self._tell(manifest)
 
     def versions(
@@ -292,6 +298,10 @@ class Drive:
 
     # ---- behind ---------------------------------------------------------------------------------------------------
 
+    @property
+    def _writes_in(self) -> int:
+        return own_epoch if self._epoch is None else self._epoch
+
     def _tell(self, manifest: Manifest) -> None:
         hook = self._on_publish or on_publish
         if hook is not None:
@@ -329,6 +339,20 @@ class Drive:
         if os.path.commonpath([real, limit]) != limit:
             raise DrivePathError(f"{target} leads out of {root}")
         return target
+
+
+def drives_in(value: Any) -> set[str]:
+    """The ids of the Drives that JSON state holds, at any depth."""
+    if isinstance(value, dict):
+        if "$drive" in value:
+            try:
+                return {Drive.from_state(value).id}
+            except (DriveError, AttributeError, KeyError, TypeError):  # anybody may write {"$drive": "nonsense"}
+                return set()
+        return set().union(*map(drives_in, value.values()))
+    if isinstance(value, list | tuple):
+        return set().union(*map(drives_in, value))
+    return set()
 
 
 def _text(path: str | os.PathLike[str]) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from orch_drive.crash import crash_point
-from orch_drive.errors import DriveCorrupt
+from orch_drive.errors import DriveCorrupt, DrivePathError, DriveUnavailable
 
 __all__ = [
     "Batch",
@@ -574,7 +574,14 @@ class FsspecStorage(_OneByOne, Unlocked):
         from fsspec.core import url_to_fs
 
         self.url = url.rstrip("/")
-        fs, root = url_to_fs(self.url)
+        try:
+            fs, root = url_to_fs(self.url)
+        except ValueError as exc:
+            raise DrivePathError(
+                f"{url} cannot be a Drive: {exc}", hint="s3://bucket/prefix or another fsspec URL"
+            ) from exc
+        except ImportError as exc:
+            raise DriveUnavailable(f"the Drive at {url} needs a library that is not installed: {exc}") from exc
         self._fs = fs
         self._root = root.rstrip("/")
         protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]

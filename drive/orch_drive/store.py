@@ -465,7 +465,8 @@ class DriveStore:
                 if isinstance(found, Fence) and found.epoch >= epoch:
                     if found.epoch > epoch:
                         raise DriveStaleEpoch(
-                            f"{component} is fenced at epoch {found.epoch}; epoch {epoch} has been replaced"
+                            f"{component} is fenced at epoch {found.epoch}; epoch {epoch} has been replaced",
+                            hint="a newer incarnation of it has taken over, or another app's work of that name",
                         )
                     return
                 with self.storage.commit_lock():
@@ -481,6 +482,12 @@ class DriveStore:
                         self._renew_partials(look)
                 return
         raise DriveConflict(f"{component} is being fenced by too many at once", hint="try again")
+
+    def highest_epoch(self) -> int:
+        """Of all fences. The epoch of a new incarnation has to be higher, whatever its clock says."""
+        with self._explained("read"):
+            look = self._look(self.storage.listing("manifests"))
+        return max((fence.epoch for _, fence in look.fences.values()), default=0)
 
     def _fence_of(self, look: _Look, epoch: int) -> Fence:
         """A fence behind what counts now. Manifests that an older fence has shut out stay shut out."""
@@ -771,8 +778,8 @@ class DriveStore:
                     done = self.storage.create(key, encode(manifest))
                 if not done:
                     continue
-                if not self.storage.locked:
-                    self._check_fence(manifest, draft.epoch, key)
+                if not self.storage.locked and not self._let_through(manifest, draft.epoch, key):
+                    continue
                 if unfinished is not None and not draft.partial:
                     self.storage.remove(self._key(component, name, None))
                 if unfinished is not None:
@@ -780,19 +787,20 @@ class DriveStore:
                 return manifest, True
         raise DriveConflict(f"{path!r} is being published by too many writers at once", hint="try again")
 
-    def _check_fence(self, manifest: Manifest, epoch: int, key: str) -> None:
-        """A fence may have been set between the look and the commit: then it decides which of the two came first."""
-        if not epoch:
-            return
+    def _let_through(self, manifest: Manifest, epoch: int, key: str) -> bool:
+        """A fence may have been set between the look and the commit: then it decides which of the two came first. What
+        it shuts out is taken back; a writer that is not fenced may try again."""
         found = self._read(f"manifests/{manifest.component}/.fence")
-        written = msgspec.structs.replace(manifest, epoch=epoch)
-        if isinstance(found, Fence) and not found.admits(chain_key(manifest.path), written):
-            self.storage.remove(key)
-            raise DriveStaleEpoch(
-                f"{manifest.component} has been fenced at epoch {found.epoch}; a write of epoch {epoch} to "
-                f"{manifest.path!r} is refused",
-                hint="a newer incarnation of it has taken over",
-            )
+        if not isinstance(found, Fence) or found.admits(chain_key(manifest.path), manifest):
+            return True
+        self.storage.remove(key)
+        if not epoch:
+            return False
+        raise DriveStaleEpoch(
+            f"{manifest.component} has been fenced at epoch {found.epoch}; a write of epoch {epoch} to "
+            f"{manifest.path!r} is refused",
+            hint="a newer incarnation of it has taken over",
+        )
 
     def _check_assumed(self, look: _Look, manifest: Manifest, assumed: set[str]) -> None:
         """Blobs that were not sent, because a manifest named them when the publish began: if that manifest is still
@@ -1476,7 +1484,7 @@ def _placed(status: os.stat_result) -> tuple[int, ...]:
 
 def _unchanged(old: Manifest, new: Manifest) -> bool:
     def told(m: Manifest) -> tuple[Any, ...]:
-        return m.deleted, m.is_dir, m.partial, m.epoch, m.call, m.host, m.cwd, len(m.entries)
+        return m.deleted, m.is_dir, m.partial, m.call, m.host, m.cwd, len(m.entries)
 
     return told(old) == told(new) and all(
         a.name == b.name and a.same_bytes(b) for a, b in zip(old.entries, new.entries, strict=True)

@@ -828,6 +828,7 @@ class Engine:
             host=work.spec.host,
             port=work.port,
             python=work.spec.kind == "python",
+            drives=work.spec.drives(values),
         )
 
     def _cancel(self, work: KnownWork, reason: Reason, now: float, *, kill: bool = False) -> None:

@@ -36,6 +36,7 @@ from orch.wire import (
     decode,
     encode,
 )
+from orch_drive import DriveError
 from orch_drive.crash import crash_point
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ POLL_TIMEOUT = 5.0
 AGENT_STOP = 5.0
 """Seconds from the last script's end to the agent's."""
 AGENT_TRIES = 3
+DRIVE_WITHIN = 5.0
 UNREADABLE = 422
 """HTTP status of a request that does not fit its message type: nothing of it was done."""
 
@@ -68,12 +70,14 @@ class Server(Protocol):
 
     folder: AppFolder
     engine: Engine
+    drive_url: str
 
     @property
     def console(self) -> Teller: ...
     def put(self, event: e.Event) -> None: ...
     async def journalled(self) -> None: ...
     def agent_spec(self, agent: str, epoch: int, token: str, port: int) -> AgentSpec: ...
+    def drive_epoch(self) -> int: ...
     def flow_url(self, agent: str) -> str: ...
     def runtime_of(self, agent: str) -> Runtime: ...
     def runtimes(self) -> list[Runtime]: ...
@@ -139,6 +143,8 @@ class Links:
         """Pushes are answered."""
         self._group: asyncio.TaskGroup | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._past: int | None = None
+        """All epochs are higher."""
         self._swept = asyncio.Event()
         """Nothing of an earlier run is left."""
         self._left: dict[str, Handle] = {}
@@ -211,7 +217,7 @@ class Links:
             # It hangs, and its scripts need not know: they are adopted by the next one.
             console.note(f"the agent (pid {left['pid']}) does not answer: replacing it, its scripts go on")
             await runtime.kill(left)
-        return await self._launch(LOCAL, self._after(left), left["port"] if left and self._cut_off else 0)
+        return await self._launch(LOCAL, await self._after(left), left["port"] if left and self._cut_off else 0)
 
     async def _find_again(self, agent: str, left: Handle) -> AgentStatus | None:
         """An agent of a machine that may not be reached now: not hearing of it is no proof of its end."""
@@ -229,10 +235,24 @@ class Links:
                 return None
             return await self._next_or_none(link, left, why)
 
-    def _after(self, left: Handle | None, agent: str = LOCAL) -> int:
+    async def _after(self, left: Handle | None, agent: str = LOCAL) -> int:
         """The epoch of the next incarnation."""
-        # Drive manifests outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
-        return max((left["epoch"] if left else self._epochs.get(agent, 0)) + 1, int(self._started * 1000))
+        # Drives outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
+        if self._past is None:
+            self._past = max(int(self._started * 1000), await self._past_epoch() + 1)
+        return max((left["epoch"] if left else self._epochs.get(agent, 0)) + 1, self._past)
+
+    async def _past_epoch(self) -> int:
+        """The highest that the app's Drives have seen: the clock may have been set back, or be behind that of another
+        machine that ran the app before."""
+        server = self._server
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(server.drive_epoch), DRIVE_WITHIN)
+        except DriveError as error:
+            server.console.warn(f"{error.message} - {error.hint}" if error.hint else error.message)
+        except TimeoutError:
+            server.console.warn(f"the Drive at {server.drive_url} does not answer")
+        return 0
 
     async def _answers(self, handle: Handle) -> bool:
         peer = HttpPeer(timeout=2.0)
@@ -262,7 +282,7 @@ class Links:
             known = self._server.engine.agents.get(link.agent)
             if known is None or known.up:
                 return
-            epoch = max(known.epoch + 1, self._after(None, link.agent))
+            epoch = max(known.epoch + 1, await self._after(None, link.agent))
             await self._launch_next(link, epoch, 0)
 
     async def _launch(self, agent: str, epoch: int, port: int, *, dead: bool = False) -> AgentStatus | None:
@@ -512,7 +532,7 @@ class Links:
     async def _next_or_none(self, link: Link, old: Handle, why: str) -> AgentStatus | None:
         """A new incarnation adopts what it left; if its place is gone too, the engine decides whether there is
         anything left to do."""
-        epoch = self._after(old)
+        epoch = await self._after(old)
         own = link.runtime.own_places
         if not own or await link.runtime.adoptable(old):
             self._server.console.warn(f"{link.where} {why}: starting a new one")

@@ -48,6 +48,7 @@ from orch.state import copy_json, format_pointer
 from orch.wire import LOCAL, AgentSpec, AgentStatus, Forget, Op, Push, PushReply
 from orch.work import WorkSpec
 from orch_drive.crash import crash_point
+from orch_drive.drive import APP_DRIVE
 
 if TYPE_CHECKING:
     from orch.api import Route
@@ -692,6 +693,15 @@ class Service:
 
     def runtimes(self) -> list[Runtime]:
         return [self._local] if self._local is self._runtime else [self._local, self._runtime]
+
+    def drive_epoch(self) -> int:
+        """The highest epoch that the app's Drives have seen. Raises DriveError."""
+        from orch_drive import DriveStore
+
+        names = {APP_DRIVE}
+        if not self.options.drive and self.folder.drive.is_dir():
+            names.update(folder.name for folder in self.folder.drive.iterdir() if folder.is_dir())
+        return max(DriveStore(self.drive_url, name).highest_epoch() for name in names)
 
     def flow_url(self, agent: str) -> str:
         """Where that agent reaches this server."""

@@ -149,6 +149,8 @@ class Place(Message, frozen=True, kw_only=True):
     port: int | None = None
     python: bool = False
     """A Python Work: warm the fork server now."""
+    drives: list[str] = msgspec.field(default_factory=list)
+    """Ids of the Drives that it is declared to write to: older incarnations are shut out of them at once."""
 
 
 class Placed(Message, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from orch.component import Component, reserved_names
 from orch.compute import BuildConfig, CloudCompute
 from orch.errors import CallError, StateTypeError
 from orch.wire import ComponentRecord
+from orch_drive.drive import APP_DRIVE, drives_in
 
 if TYPE_CHECKING:
     from orch.program import Pass
@@ -86,6 +87,12 @@ class WorkSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers that an earlier work of this name has given its calls."""
     hidden: bool = False
     """A page's own server (Streamlit): supervised like a service, not part of the tree."""
+
+    def drives(self, values: Any) -> list[str]:
+        """Ids of the Drives that it may write to, as far as it is declared; `values`: its vars."""
+        if self.kind == "python":
+            return sorted(drives_in([values, self.record.args, self.record.kwargs]))
+        return sorted(drives_in(self.drive) or {APP_DRIVE}) if self.outputs else []
 
 
 def number(owner: str, name: str, value: Any, *, least: float = 0.0) -> Any:

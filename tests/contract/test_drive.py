@@ -579,6 +579,29 @@ def test_a_commit_that_a_fence_overtakes_never_counts(
     assert fresh.read_bytes("s/a") == b"new" and fresh.verify(".") >= 1
 
 
+def test_a_writer_without_an_epoch_is_not_lost_under_a_fence(
+    base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has looked, then the fence is set, then its write arrives: it writes again."""
+    by_hand, newer = DriveStore(base_url, "app"), DriveStore(base_url, "app")
+    if by_hand.storage.locked:
+        pytest.skip("committers are locked out here")
+    source = write(tmp_path / "s", a="old")
+    newer.fence("trainer", 4)
+    newer.publish("trainer", "s", source, epoch=4)
+    create, fences = by_hand.storage.create, iter((5, 6))
+
+    def overtaken(key: str, data: bytes) -> bool:
+        if epoch := next(fences, None):
+            newer.fence("trainer", epoch)
+        return create(key, data)
+
+    monkeypatch.setattr(by_hand.storage, "create", overtaken)
+    manifest = by_hand.publish("trainer", "s", write(source, a="by hand"))
+    assert next(fences, None) is None and manifest.epoch == 6
+    assert DriveStore(base_url, "app").read_bytes("s/a") == b"by hand"
+
+
 def test_of_two_fences_the_higher_stays(store: DriveStore, base_url: str) -> None:
     def fence(epoch: int) -> bool:
         try:

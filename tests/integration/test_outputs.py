@@ -261,9 +261,10 @@ def test_reload_follows_partial_versions(make: Make, tmp_path: Path) -> None:
     trainer = make("trainer", "train", outputs=["logs"])
     for text in ("one", "two", "three"):
         put(tmp_path / "train", {"logs/events": text})
-        trainer.sync()
-        service.sync()
-        assert content(tmp_path / "board") == {"logs/events": text}
+        # the kernel tells of it a moment later
+        wait_until(
+            lambda t=text: (trainer.sync(), service.sync(), content(tmp_path / "board"))[2] == {"logs/events": t}
+        )
 
 
 async def test_a_script_with_files(tmp_path: Path) -> None:

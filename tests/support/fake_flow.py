@@ -184,9 +184,8 @@ class FakeFlow:
             orch_dir=str(self.orch_dir),
             app_id="abc",
             app_name="test",
-            drive_url=f"file://{self.orch_dir}/drive",
             port=port,
-            **{"run": 1, **fields},
+            **{"run": 1, "drive_url": f"file://{self.orch_dir}/drive", **fields},
         )
         path = self.folder / "spec.json"
         path.write_bytes(encode(spec))

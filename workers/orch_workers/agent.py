@@ -46,13 +46,15 @@ from orch.wire import (
     WorkReport,
     encode,
 )
-from orch_drive import DriveError, crash
+from orch_drive import DriveError, DriveStaleEpoch, crash
+from orch_drive.drive import drives_in
 from orch_workers import places
+from orch_workers.fences import Fences
 from orch_workers.live import LiveVars, names_of
 from orch_workers.messages import Batch, Outcome, Told, WorkOrder
 from orch_workers.metrics import MetricsReader
 from orch_workers.outbox import Outbox
-from orch_workers.outputs import FileTransfer
+from orch_workers.outputs import FileTransfer, drives_of
 from orch_workers.placeholders import command_line, fill, script_word
 from orch_workers.process import ExitRecord, Process, ProcessSpec, Spawner, SpawnError
 from orch_workers.progress import ProgressParser
@@ -76,6 +78,8 @@ PLAIN_PROBE = 1.0
 BEAT = 2.0
 """Seconds between heartbeats, at most: a short lease asks for more."""
 BEAT_LEAST = 0.25
+SUPERSEDED_AFTER = 10.0
+"""Seconds for which the flow is asked when the Drive says that there is a newer incarnation."""
 LITTLE_SPACE = 1 << 20
 """Bytes free on a disk below which a call's failure may come from that."""
 LOG_PIECE = 1024 * 1024
@@ -187,6 +191,7 @@ class Agent:
             on_fenced=self._on_fenced,
             on_contact=self._on_contact,
         )
+        self._fences = Fences(spec.drive_url, spec.epoch)
         self._ends: dict[int, Attempt] = {}
         self._patches: dict[int, asyncio.Future[ItemResult]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -295,6 +300,8 @@ class Agent:
                 if record.stopping:  # perhaps the former agent had no time to
                     self._spawn(_stop_process(process, record.start.grace))
             self._spawn(self._attend(attempt))
+        for work in self.works.values():
+            self._fence_off(work)
         self._prune()
 
     async def _orphan_guard(self) -> None:
@@ -429,6 +436,7 @@ class Agent:
                 self._greet(work)
                 self._vars_changed(work)
             self._placed_since(work, place.rev)
+            self._fence_off(work)
             answers.append(Placed(work=work.name, host=work.host, port=work.port))
             if place.python and self._warming is None:
                 self._warming = self._spawn(self._warm())
@@ -854,6 +862,18 @@ class Agent:
         if not cwd.is_dir():
             raise NotFound(f"the working directory {cwd} of {work.name} does not exist")
         attempt.transfer = self._transfer(attempt, cwd)
+        try:
+            await self._fences.set(work.name, self._drives(attempt))
+        except DriveStaleEpoch:
+            if not await self._superseded():
+                raise
+            await attempt.stop_wanted.wait()  # like all that is here, unless a successor on this machine takes it over
+            self._end_unstarted(attempt)
+            return False
+        except DriveError as error:  # a Drive that may be meant for reading only
+            if start.outputs:
+                raise
+            log.warning("%s", _explain(error))
         if start.inputs or start.outputs or start.reload:
             await asyncio.to_thread(attempt.transfer.prepare)
         await self._await_contact(attempt)
@@ -968,6 +988,7 @@ class Agent:
         result = outcome.result if start.kind == "python" else []
         if start.outputs and attempt.transfer is not None:
             try:
+                await self._fences.set(start.work, self._drives(attempt))
                 if reason is None:
                     result = await asyncio.to_thread(attempt.transfer.finish)
                 else:  # what a failed call has left stays readable as partial
@@ -1155,6 +1176,48 @@ class Agent:
             writers=lambda: self._writers(attempt),
         )
 
+    def _drives(self, attempt: Attempt) -> set[str]:
+        """Ids of the Drives that an attempt writes to, or may write to."""
+        start, work = attempt.start, self.works.get(attempt.start.work)
+        if start.kind != "python":
+            return drives_of(start)
+        made = start.record and [start.record.args, start.record.kwargs]
+        return drives_in([start.args, start.kwargs, made, work and work.live.base])
+
+    def _fence_off(self, work: PlacedWork) -> None:
+        """Older incarnations of a work that is placed here publish nothing more.
+
+        The process of a Python Work that is adopted goes on in the epoch in which it was started: it has no predecessor
+        that would not have been fenced off then.
+        """
+        attempt = work.attempt
+        adopted = attempt is not None and attempt.start.kind == "python" and not attempt.over.is_set()
+        if work.place.drives and not adopted:
+            self._spawn(self._set_fences(work))
+
+    async def _set_fences(self, work: PlacedWork) -> None:
+        try:
+            await self._fences.set(work.name, work.place.drives)
+        except DriveStaleEpoch as error:
+            log.warning("%s", error)
+            await self._superseded()
+        except DriveError as error:  # its next call asks again
+            log.warning("%s is not fenced off yet: %s", work.name, _explain(error))
+
+    async def _superseded(self) -> bool:
+        """The Drive knows a newer incarnation. True if this one stops itself, as it does unless the flow answers that
+        this is the one that counts: then another app uses the Drive under the same names."""
+        deadline = steady() + SUPERSEDED_AFTER
+        while not self.leaving.is_set() and not self._shutting_down:
+            if await self._outbox.beat():
+                return False
+            if steady() > deadline:
+                self._on_fenced()
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.leaving.wait(), BEAT_LEAST)
+        return True
+
     def _writers(self, asking: Attempt) -> list[tuple[str, Path]]:
         """(work, path) of every output that another work is writing now."""
         return [
@@ -1171,6 +1234,7 @@ class Agent:
         while True:
             await asyncio.sleep(interval)
             try:
+                await self._fences.set(attempt.start.work, self._drives(attempt))
                 # Shielded: a cancelled wait would leave the thread publishing beside the final publish.
                 job = asyncio.ensure_future(asyncio.to_thread(transfer.sync))
                 try:
@@ -1183,6 +1247,8 @@ class Agent:
                 if _explain(error) != told:
                     log.warning("files of %s are not in step: %s", attempt.start.work, _explain(error))
                     told = _explain(error)
+                if isinstance(error, DriveStaleEpoch):
+                    await self._superseded()
 
     # -- watching ------------------------------------------------------------------------------------------------------
 

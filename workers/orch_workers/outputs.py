@@ -23,10 +23,7 @@ if TYPE_CHECKING:
 
     from orch_drive import DriveStore, Manifest
 
-__all__ = ["APP_DRIVE", "FileTransfer", "split_owner"]
-
-APP_DRIVE = "app"
-"""The Drive of a script that was given none."""
+__all__ = ["FileTransfer", "drives_of", "split_owner"]
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +41,17 @@ def split_owner(path: str) -> tuple[str | None, str]:
     """`trainer:logs` -> ("trainer", "logs"), `*:logs` -> ("*", "logs"), `logs` -> (None, "logs")."""
     owner, colon, rest = path.partition(":")
     return (owner, rest) if colon and "/" not in owner else (None, path)
+
+
+def drives_of(start: StartCall) -> set[str]:
+    """Ids of the Drives that the script's files go to."""
+    return {_drive_id(start)} if start.outputs else set()
+
+
+def _drive_id(start: StartCall) -> str:
+    from orch_drive.drive import APP_DRIVE, Drive
+
+    return APP_DRIVE if not start.drive else Drive.from_state(start.drive).id
 
 
 class FileTransfer:
@@ -97,7 +105,7 @@ class FileTransfer:
         """
         for path in self._start.inputs:
             if not self._fetch(path, partial=False) and not self._may_be_missing(path):
-                where = f"neither on the Drive {self._drive_id!r} nor in {self._cwd}"
+                where = f"neither on the Drive {_drive_id(self._start)!r} nor in {self._cwd}"
                 raise DriveNotFound(
                     f"the input {path!r} of {self._start.work} is {where}",
                     hint="publish it first: as another work's output, with Drive.put, or with `orch drive put`",
@@ -185,20 +193,11 @@ class FileTransfer:
     # -- inside
 
     @property
-    def _drive_id(self) -> str:
-        from orch_drive import Drive
-
-        state = self._start.drive
-        if not state:
-            return APP_DRIVE
-        return Drive.from_state(state.get("$drive", state)).id
-
-    @property
     def _store(self) -> DriveStore:
         if self._store_ is None:
             from orch_drive import DriveStore
 
-            self._store_ = DriveStore(self._drive_url, self._drive_id)
+            self._store_ = DriveStore(self._drive_url, _drive_id(self._start))
         return self._store_
 
     def _publish(self, path: str, *, partial: bool, leave: Collection[str] = ()) -> None:
@@ -207,7 +206,7 @@ class FileTransfer:
             path,
             self._cwd / path,
             partial=partial,
-            epoch=self._epoch if partial else self._epoch_of_complete(path),
+            epoch=self._epoch,
             call=self._start.call,
             host=self._host,
             cwd=str(self._cwd),
@@ -220,15 +219,6 @@ class FileTransfer:
             from orch_drive.manifest import to_json
 
             self._on_published(manifest.drive, to_json(manifest))
-
-    def _epoch_of_complete(self, path: str) -> int:
-        """An incarnation that died between this call's complete version and the call's end has published it already:
-        under its epoch the same bytes are the same version."""
-        last = self._store.resolve(path, component=self._start.work, partial=True)
-        here = (path, False, self._start.call, self._host, str(self._cwd))
-        if last is not None and (last.path, last.partial, last.call, last.host, last.cwd) == here:
-            return min(last.epoch, self._epoch)
-        return self._epoch
 
     def _fetch(self, path: str, *, partial: bool) -> bool:
         """False if nobody has published the path."""

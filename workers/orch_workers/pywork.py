@@ -118,6 +118,7 @@ def _bind_drives(order: WorkOrder, link: LiveLink) -> None:
         )
 
     LEAVES["$drive"] = bound
+    drives.own_epoch = order.epoch
     drives.on_publish = lambda manifest: link.published(to_json(manifest))
 
 
