@@ -237,12 +237,14 @@ def test_a_place_that_ends_while_nobody_serves(app: PlacesApp) -> None:
 def test_a_removed_work_gives_its_place_back(app: PlacesApp) -> None:
     app.start()
     app.set("/vars/jobs_wanted", 2)
+    wait_until(lambda: "jobs.1" in app.get("/status")["works"], what="they are made by the next pass")
     app.until("jobs.0", "running")
     app.until("jobs.1", "running")
     app.set("/vars/jobs_wanted", 1)
     wait_until(lambda: list(app.places()) == ["jobs.0"], 20, what=lambda: str(app.places()))
     assert len(app.get("/status")["agents"]) == 2, "the pages' and that of jobs.0"
     app.set("/vars/jobs_wanted", 2)
+    wait_until(lambda: "jobs.2" in app.get("/status")["works"], what="it is made by the next pass")
     app.until("jobs.2", "running")
 
 
