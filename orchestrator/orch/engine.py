@@ -24,6 +24,7 @@ from orch.events import (
     AgentGone,
     AgentPolled,
     AgentUp,
+    AgentWaits,
     ApiRequest,
     AskCall,
     Batch,
@@ -405,6 +406,7 @@ class Engine:
             AgentUp: self._agent_up,
             AgentFailed: self._agent_failed,
             AgentGone: self._agent_gone,
+            AgentWaits: self._agent_waits,
             Steady: self._steady,
             PlacedWorks: self._placed_works,
             StartAnswered: self._start_answered,
@@ -1250,6 +1252,15 @@ class Engine:
         if self._alive and agent.name == LOCAL:
             self._fail_app(f"agent {event.agent} cannot be placed: {event.message}", now)
         self._maybe_exit(now)
+
+    def _agent_waits(self, event: AgentWaits, now: float) -> None:
+        for work in self._all():
+            if work.agent == event.agent and work.placing:
+                work.failed_to_place = event.message
+                waiting = work.book.current or next(iter(work.book.queue), None)
+                if waiting is not None:
+                    work.book.put(work.book.calls[waiting].replace(message=event.message))
+                self._touch(work)
 
     def _agent_gone(self, event: AgentGone, now: float) -> None:
         agent = self.agents.get(event.agent)

@@ -132,6 +132,13 @@ class AgentFailed(Event, frozen=True, kw_only=True):
     reason: str = "exception"
 
 
+class AgentWaits(Event, frozen=True, kw_only=True):
+    """It is being launched, and waits for this; empty: not any more."""
+
+    agent: str
+    message: str
+
+
 class AgentGone(Event, frozen=True, kw_only=True):
     """Its place has ended, and with it everything that ran there: that is certain."""
 

@@ -78,6 +78,7 @@ class Server(Protocol):
     async def journalled(self) -> None: ...
     def agent_spec(self, agent: str, epoch: int, token: str, port: int) -> AgentSpec: ...
     def drive_epoch(self) -> int: ...
+    async def listen_for(self, agent: str) -> None: ...
     def flow_url(self, agent: str) -> str: ...
     def runtime_of(self, agent: str) -> Runtime: ...
     def runtimes(self) -> list[Runtime]: ...
@@ -109,6 +110,8 @@ class Link:
     """So many requests go one at a time: the agent could not read one of them."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the agent is launched, replaced or released."""
+    waits: str = ""
+    """What its launch waits for, as was told."""
     mirror: LogMirror | None = None
     """Where the agent's logs are on another machine."""
     sender: asyncio.Task[None] = field(init=False)
@@ -299,6 +302,7 @@ class Links:
         token = self._tokens.setdefault(agent, random_secrets.token_urlsafe(32))
         self._epochs[agent] = epoch
         runtime = self._server.runtime_of(agent)
+        await self._server.listen_for(agent)
         handle = await runtime.launch(self._server.agent_spec(agent, epoch, token, port))
         return await self._attach(agent, handle, dead=dead)
 
@@ -307,6 +311,7 @@ class Links:
     async def _attach(self, agent: str, handle: Handle, *, dead: bool = False) -> AgentStatus | None:
         """None if it was given up meanwhile. Raises AgentDied, RuntimeLost."""
         await self.begun.wait()
+        await self._server.listen_for(agent)
         link, engine = self._link(agent), self._server.engine
         newest = engine.agents[agent].epoch if agent in engine.agents else 0
         if handle["epoch"] < newest:  # given up by a server that died before the next one was launched
@@ -474,6 +479,11 @@ class Links:
             await asyncio.sleep(POLL_EVERY / 2)
             for link in [link for link in self._links.values() if link.handle is not None and link.attached]:
                 await self._look_after(link)
+            for link in self._links.values():
+                waits = link.runtime.waits(link.agent) if not link.attached else ""
+                if waits != link.waits:
+                    link.waits = waits
+                    self._server.put(e.AgentWaits(agent=link.agent, message=waits))
             if self._server.engine.waits_for_leases:
                 self._server.put(e.Steady(clock=time.monotonic()))
 
@@ -599,8 +609,11 @@ class Links:
             await asyncio.to_thread(self._end_leftovers)
         for runtime in self._server.runtimes():
             runtime.reap()
-            for line in await runtime.sweep():
-                self._server.console.note(line)
+            try:
+                for line in await runtime.sweep():
+                    self._server.console.note(line)
+            except RuntimeLost as error:
+                self._server.console.warn(error.line)
 
     async def _end(self, link: Link, handle: Handle, *, kill: bool, timeout: float) -> bool:
         """Whether the agent has ended by itself."""
@@ -621,6 +634,8 @@ class Links:
         self._cancel_tasks()
         for link in self._links.values():
             link.close()
+        for runtime in self._server.runtimes():
+            runtime.close()
 
     def _cancel_tasks(self) -> None:
         for task in list(self._tasks):

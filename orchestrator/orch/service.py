@@ -27,6 +27,7 @@ from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -86,9 +87,7 @@ class ConsoleLike(Protocol):
 def serve(options: RunOptions, folder: AppFolder, console: ConsoleLike, runtime: Runtime | None = None) -> int:
     """Run the app until it ends; the exit code. The folder's lock is held by the caller. `runtime`: instead of the one
     that the options name."""
-    if runtime is None and options.mode != "local":
-        raise UsageError(f"the runtime {options.mode!r} is not part of this version", hint="use --local")
-    service = Service(options, folder, console, runtime or LocalRuntime(folder.run, folder.logs))
+    service = Service(options, folder, console, runtime or _runtime(options, folder))
     try:
         code = asyncio.run(service.main())
     except OrchError as error:
@@ -150,6 +149,10 @@ class Service:
         self._routes: list[ApiRoute] = []
         self._work_tokens: dict[str, str] = {}
         self._runtime = runtime
+        self._url_elsewhere = ""
+        self._opening = asyncio.Lock()
+        self._door: HttpServer | None = None
+        """Where agents of other machines are answered."""
         self._local: Runtime = runtime if not runtime.own_places else LocalRuntime(folder.run, folder.logs)
 
     # Made when the loop runs: they belong to it.
@@ -185,7 +188,7 @@ class Service:
             except BaseException:
                 agent_ready.cancel()
                 await asyncio.wait([agent_ready])
-                self._local.kill_started()
+                self._kill_started()
                 raise
             self._install_signals(loop)
             await self._serve(sock, agent_ready)
@@ -247,11 +250,16 @@ class Service:
                 # Nothing has been started but the agent, which nobody would come back to.
                 agent_ready.cancel()
                 await asyncio.wait([agent_ready])
-                self._local.kill_started()
+                self._kill_started()
             raise _first(group_error) from None
         finally:
-            if server is not None:
-                await server.stop()
+            for each in (server, self._door):
+                if each is not None:
+                    await each.stop()
+
+    def _kill_started(self) -> None:
+        for runtime in self.runtimes():
+            runtime.kill_started()
 
     def _refuse_the_rest(self) -> None:
         """Nobody takes events any more: who waits for an answer, or asks now, shall know it."""
@@ -266,7 +274,7 @@ class Service:
         agent_ready.cancel()
         await asyncio.gather(agent_ready, return_exceptions=True)
         if agent_ready.cancelled() and not self._detaching:
-            self._local.kill_started()
+            self._kill_started()
 
     def _open_journal(self) -> Journal:
         path, durable = self.folder.state_db, self.options.durable
@@ -705,7 +713,26 @@ class Service:
 
     def flow_url(self, agent: str) -> str:
         """Where that agent reaches this server."""
-        return self.url
+        return self.url if agent == LOCAL else self._url_elsewhere or self.url
+
+    async def listen_for(self, agent: str) -> None:
+        """Agents of other machines reach this server too: where they are, and only there. Raises RuntimeLost."""
+        if self.runtime_of(agent) is self._local or self._url_elsewhere:
+            return
+        async with self._opening:
+            if not self._url_elsewhere:
+                self._url_elsewhere = await self._open_to(await self._runtime.host())
+
+    async def _open_to(self, host: str) -> str:
+        from orch.server.serve import HttpServer
+
+        port = urlsplit(self.url).port or 0
+        if self.options.host not in ("0.0.0.0", "::", "", host):
+            sock = bind_socket(host, port)
+            port = sock.getsockname()[1]
+            self._door = HttpServer(load=False)
+            await self._door.start(self, host, sock)
+        return f"http://{_shown_host(host)}:{port}"
 
     def agent_spec(self, agent: str, epoch: int, token: str, port: int) -> AgentSpec:
         options, runtime = self.options, self.runtime_of(agent)
@@ -1092,6 +1119,15 @@ class Service:
         if not parsed.partial:
             # In the passes' thread: a pass sees one picture of the files.
             self._pass_thread.submit(lambda: self._index_of(drive).add(parsed))
+
+
+def _runtime(options: RunOptions, folder: AppFolder) -> Runtime:
+    """The one that the options name. Raises UsageError."""
+    if options.mode == "local":
+        return LocalRuntime(folder.run, folder.logs)
+    from orch.runtimes.ray import RayRuntime
+
+    return RayRuntime(options.address or "auto", folder.run, folder.logs, folder.root, app_id=folder.app_id())
 
 
 def _this_machines(spec: WorkSpec) -> str:

@@ -137,6 +137,14 @@ class PlacesRuntime:
         if path.exists() and json.loads(path.read_bytes())["epoch"] == handle["epoch"]:
             path.unlink()
 
+    async def host(self) -> str:
+        return "127.0.0.1"
+
+    def waits(self, agent: str) -> str:
+        return ""
+
+    def close(self) -> None: ...
+
     async def reachable(self) -> bool:
         return True
 

@@ -681,6 +681,14 @@ class SimRuntime:
     async def sweep(self) -> list[str]:
         return []
 
+    async def host(self) -> str:
+        return "127.0.0.1"
+
+    def waits(self, agent: str) -> str:
+        return ""
+
+    def close(self) -> None: ...
+
     async def reachable(self) -> bool:
         return True
 

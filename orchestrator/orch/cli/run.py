@@ -166,9 +166,8 @@ def options_from(args: argparse.Namespace, environ: Mapping[str, str] = os.envir
                 hint="write the app file in front: `orch run app.py --cloud`",
             )
         mode = "aws"
-    if mode != "local":
-        option = "--ray" if mode == "ray" else "--cloud aws"
-        raise UsageError(f"run: {option} comes with the extra [{mode}], not in this version", hint="use --local")
+    if mode == "aws":
+        raise UsageError("run: --cloud aws is not in this version", hint="use --local or --ray")
     if args.name is not None and not _APP_NAME.fullmatch(args.name):
         raise UsageError(
             f"run: --name {args.name!r} cannot be an app's name",

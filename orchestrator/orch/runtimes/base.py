@@ -10,7 +10,8 @@ from orch.wire import AgentSpec
 __all__ = ["AgentDied", "BuildFailed", "Handle", "Infeasible", "PlacementError", "Runtime"]
 
 Handle = dict[str, Any]
-"""JSON: whatever the runtime needs to find its agent again; always has "agent", "epoch", "url", "token"."""
+"""JSON: whatever the runtime needs to find its agent again; always has "agent", "epoch", "url", "token", "port" and
+"pid"."""
 
 
 class AgentDied(RuntimeLost):
@@ -51,10 +52,11 @@ class Runtime(Protocol):
     """Its agents' logs are files of this machine."""
 
     async def launch(self, spec: AgentSpec) -> Handle:
-        """Start an agent and wait until it answers. Raises RuntimeLost with the reason, AgentDied if it was killed."""
+        """Start an agent and wait until it answers, for as long as what it needs is in use by others; whoever waits may
+        be cancelled. Raises RuntimeLost with the reason: AgentDied if the agent was killed, Infeasible, BuildFailed."""
 
     async def poll(self, handle: Handle) -> str | None:
-        """None while the agent's process lives, else why it ended."""
+        """None while the agent's process may be alive, else why it ended. Answers at once."""
 
     async def adoptable(self, handle: Handle) -> bool:
         """Of an agent that has ended: whether the next one would find its records, and its scripts where they run.
@@ -84,4 +86,13 @@ class Runtime(Protocol):
         """Collect agents that have exited."""
 
     async def adopt(self, handle: Handle) -> bool:
-        """True if the handle's agent (this incarnation) is alive."""
+        """True unless the handle's agent (this incarnation) has ended for sure."""
+
+    async def host(self) -> str:
+        """The address of this machine under which its agents reach it."""
+
+    def waits(self, agent: str) -> str:
+        """What a launch that is under way waits for, for people to read; empty if it does not."""
+
+    def close(self) -> None:
+        """Let go of everything that this process holds for it: agents live on."""

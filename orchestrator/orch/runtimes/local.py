@@ -120,6 +120,12 @@ class LocalRuntime:
     async def sweep(self) -> list[str]:
         return []  # `orch.leftovers` finds what they have written down
 
+    async def host(self) -> str:
+        return "127.0.0.1"
+
+    def waits(self, agent: str) -> str:
+        return ""
+
     async def reachable(self) -> bool:
         return True  # its agents are on this machine
 
@@ -139,6 +145,9 @@ class LocalRuntime:
         for pid, child in list(self._children.items()):
             if child.poll() is not None:
                 del self._children[pid]
+
+    def close(self) -> None:
+        pass  # nothing is held but children, and they live on
 
     @staticmethod
     def _read(path: Path) -> Handle | None:
