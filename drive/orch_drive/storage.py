@@ -153,8 +153,6 @@ def open_storage(url: str) -> Storage:
 
 
 def _hash_fd(fd: int, start: int, length: int, digest: Any, tick: Tick | None = None) -> None:
-    if tick is not None and length:
-        tick(length)
     while length:
         data = os.pread(fd, min(length, 1 << 20), start)
         if not data:
@@ -162,6 +160,8 @@ def _hash_fd(fd: int, start: int, length: int, digest: Any, tick: Tick | None = 
         digest.update(data)
         start += len(data)
         length -= len(data)
+        if tick is not None:
+            tick(len(data))
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:

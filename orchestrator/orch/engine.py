@@ -593,6 +593,7 @@ class Engine:
             return
         if call.stage is Stage.RUNNING or not work.live:  # (its end is journalled already)
             return
+        work.moving = ""
         first = call.started_at if call.started_at is not None and call.attempt > 1 else item.at
         work.book.put(call.move(Stage.RUNNING, started_at=first, due=None, reason=None, message=""))
         self._touch(work)
@@ -616,6 +617,8 @@ class Engine:
             return
         if item.progress is not None:
             work.progress = item.progress
+        if item.moving is not None:
+            work.moving = item.moving
         if item.metrics:
             if self.config.redact is not None:
                 self.config.redact(item.metrics, f"{work.spec.name}: metrics")
@@ -747,6 +750,7 @@ class Engine:
         work.live, work.release_at = True, None
         work.sent_epoch = self.agents[work.agent].epoch
         work.ready = False
+        work.moving = ""
         self._durable = True
         self._touch(work)
         self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, launched)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from orch.calls import Book, Stage
+from orch.calls import Book, Call, Stage
 from orch.wire import ItemResult
 from orch.work import Status, WorkSpec, WorkView
 
@@ -42,6 +42,8 @@ class KnownWork:
         self.exit_code: int | None = None
         self.progress: float | None = None
         self.metrics: dict[str, Any] = {}
+        self.moving = ""
+        """How far the files of its attempt are on their way."""
         self.files: list[dict[str, Any]] = []
         self.num_successes = 0
         self.num_timeouts = 0
@@ -55,7 +57,7 @@ class KnownWork:
         return {
             "stage": str(call.stage) if call is not None else str(Stage.NOT_STARTED),
             "reason": None if call is None or call.reason is None else str(call.reason),
-            "message": call.message if call is not None else self.failed_to_place,
+            "message": self._message(call),
             "since": self.since,
             "host": self.host,
             "port": self.port if self.placed or self.spec.port else None,
@@ -70,13 +72,18 @@ class KnownWork:
             "held": self.book.held is not None,
         }
 
+    def _message(self, call: Call | None) -> str:
+        if call is None:
+            return self.failed_to_place
+        return (call.stage in (Stage.PENDING, Stage.RUNNING) and self.moving) or call.message
+
     def url(self, base_url: str) -> str:
         return f"{base_url}/view/{self.spec.name}/" if self.ready else ""
 
     def view(self, base_url: str) -> WorkView:
         call = self.book.shown
         status = Status() if call is None else Status(
-            stage=call.stage, reason=call.reason, message=call.message, since=self.since
+            stage=call.stage, reason=call.reason, message=self._message(call), since=self.since
         )  # fmt: skip
         return WorkView(
             status=status,

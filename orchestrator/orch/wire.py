@@ -294,6 +294,8 @@ class Progress(Message, tag="progress", frozen=True, kw_only=True):
     call: str
     progress: float | None = None
     metrics: dict[str, Any] = msgspec.field(default_factory=dict)
+    moving: str | None = None
+    """How far the files of the attempt are on their way, before and after the script; empty: they are there."""
 
 
 class Published(Message, tag="published", frozen=True, kw_only=True):

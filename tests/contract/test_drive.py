@@ -1186,6 +1186,28 @@ def test_a_storage_that_cannot_be_used(tmp_path: Path) -> None:
         Drive("x").put("a")
 
 
+def test_progress_is_told_in_bytes(store: DriveStore, tmp_path: Path) -> None:
+    source = write(tmp_path / "s", a="x" * 3_000_000, b="y" * 500, c="")
+    told: list[tuple[int, int]] = []
+
+    def whole() -> bool:
+        steps, total = told[:], 3_000_500
+        told.clear()
+        return steps[0] == (0, total) and steps[-1] == (total, total) and steps == sorted(steps)
+
+    manifest = store.publish("trainer", "s", source, progress=lambda *step: told.append(step))
+    assert whole()
+    store.publish("trainer", "s", source, progress=lambda *step: told.append(step))
+    assert whole(), "what need not travel counts too"
+    store.fetch(manifest, tmp_path / "dest", progress=lambda *step: told.append(step))
+    assert whole()
+    store.fetch(manifest, tmp_path / "dest", progress=lambda *step: told.append(step))
+    assert told == [(0, 0)]
+    told.clear()
+    store.verify("s", progress=lambda *step: told.append(step))
+    assert whole()
+
+
 def test_a_full_disk_is_said(store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from fake_flow import flow_with_agent
 from testkit import wait_until
 
-from orch.wire import Ended, Published, StartCall
+from orch.wire import Ended, Progress, Published, StartCall, Started
 from orch_drive import DriveAmbiguous, DriveConflict, DriveNotFound, DriveStaleEpoch, DriveStore
 from orch_workers import outputs
 from orch_workers.outputs import FileTransfer, split_owner
@@ -38,6 +39,7 @@ def make(tmp_path: Path, url: str) -> Make:
         writers: tuple[tuple[str, Path], ...] = (),
         epoch: int = 1,
         attempt: int = 1,
+        on_moving: Callable[[str], None] = lambda text: None,
         **fields: Any,
     ) -> FileTransfer:
         cwd = tmp_path / folder
@@ -50,6 +52,7 @@ def make(tmp_path: Path, url: str) -> Make:
             drive_url=url,
             epoch=epoch,
             on_published=lambda drive, manifest: published.append((drive, manifest)),
+            on_moving=on_moving,
             writers=lambda: list(writers),
         )
 
@@ -265,6 +268,50 @@ def test_reload_follows_partial_versions(make: Make, tmp_path: Path) -> None:
         wait_until(
             lambda t=text: (trainer.sync(), service.sync(), content(tmp_path / "board"))[2] == {"logs/events": t}
         )
+
+
+def test_how_far_long_transfers_are_is_said(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("orch_workers.outputs.time.monotonic", lambda: clock.__setitem__(0, clock[0] + 0.3) or clock[0])
+    said: list[str] = []
+    (tmp_path / "train/out").mkdir(parents=True)
+    for n in range(12):
+        (tmp_path / f"train/out/{n}").write_bytes(os.urandom(100 << 10))
+    trainer = make("trainer", "train", outputs=["out"], on_moving=said.append)
+    trainer.sync(ended=True)
+    assert said == [], "a partial version is nobody's concern"
+    put(tmp_path / "train", {"out/more": "x"})
+    for n in range(12):
+        (tmp_path / f"train/out/{n}").write_bytes(os.urandom(100 << 10))
+    trainer.finish()
+    assert said[-1] == "" and 3 <= len(said) < 12
+    assert all(re.fullmatch(r"publishing out: \d\.\d of 1\.2 MiB", text) for text in said[:-1]) and said[0] != said[-2]
+    said.clear()
+    make("board", "board", inputs=["trainer:out"], on_moving=said.append).prepare()
+    assert said[-1] == "" and 3 <= len(said) < 12
+    assert all(re.fullmatch(r"fetching trainer:out: \d\.\d of 1\.2 MiB", text) for text in said[:-1])
+    said.clear()
+    make("board", "board", reload=["trainer:out"], on_moving=said.append).sync()
+    assert said == []
+
+
+async def test_how_far_its_files_are_reaches_the_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(
+        tmp_path,
+        {"at-once/sitecustomize.py": "from orch_workers import outputs\noutputs._LONG = outputs._SAID_EVERY = 0"},
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "at-once"))
+    put(tmp_path / "app", {"data/a": "a" * 100_000, "data/b": "b" * 100_000, "cwd/keep": ""})
+    async with flow_with_agent(tmp_path / "app") as flow:
+        DriveStore(f"file://{flow.orch_dir}/drive", "app").publish("api", "data", flow.folder / "data")
+        await flow.place("w")
+        await flow.start("w", "cp -r data out", cwd="cwd", inputs=["data"], outputs=["out"], sync_interval=60)
+        assert (await flow.ended("w")).reason is None
+        # what was not sent yet is replaced by what is newer
+        told = [item.moving for item in flow.of(Progress)]
+        assert told[-1] == "" and len(told) >= 2
+        kinds = [type(item) for _, item, _ in flow.items]
+        assert kinds[0] is Progress and kinds.index(Started) > 0 and kinds[-1] is Ended
 
 
 async def test_a_script_with_files(tmp_path: Path) -> None:

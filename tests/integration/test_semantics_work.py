@@ -11,7 +11,7 @@ from orch import BuildConfig, CloudCompute, Drive, Flow, ScriptWork, ServiceWork
 from orch.errors import StaleEpoch, StateTypeError
 from orch.events import AgentPolled, Pushed, SendDiffs
 from orch.testing import AppTester
-from orch.wire import Push, VarOps
+from orch.wire import Progress, Push, VarOps
 
 
 class Box(Flow):
@@ -47,6 +47,35 @@ def test_start_with_flow_places_the_agent_at_app_start_and_makes_no_call() -> No
     assert tester.flow.w.host == "127.0.0.1"
     assert tester.calls("w") == []
     assert tester.fake("w").starts == []
+
+
+def test_how_far_its_files_are_is_its_message() -> None:
+    tester = started(Box(), start_after=5.0, run_for=None)
+    [call] = tester.calls("w")
+
+    def moving(text: str) -> None:
+        tester._report(Progress(work="w", call=call.id, moving=text))
+        tester.settle()
+
+    def said() -> tuple[str, str]:
+        status = tester.state["works"]["w"]["status"]
+        assert tester.flow.w.status.message == status["message"]
+        return status["stage"], status["message"]
+
+    moving("fetching logs: 1.0 of 5.0 GiB")
+    assert said() == ("pending", "fetching logs: 1.0 of 5.0 GiB")
+    tester.until(lambda: tester.flow.w.is_running)
+    assert said() == ("running", "")
+    moving("publishing logs: 2.0 of 5.0 GiB")
+    assert said() == ("running", "publishing logs: 2.0 of 5.0 GiB")
+    tester.lose_contact()
+    tester.advance(15)
+    assert said() == ("unknown", "no contact with agent local"), "what is more important is said"
+    tester.regain_contact()
+    tester.advance(5)
+    tester.stop_work("w")
+    tester.settle()
+    assert said() == ("stopped", "")
 
 
 def test_host_and_port_are_set_once_placed() -> None:

@@ -103,15 +103,17 @@ async def test_progress_that_was_not_sent_is_replaced() -> None:
         flow.gate.clear()
         box.add(Progress(work="w", call="c", progress=0.1))
         await asyncio.sleep(0.1)
-        box.add(Progress(work="w", call="c", progress=0.2, metrics={"loss": 2}))
+        box.add(Progress(work="w", call="c", progress=0.2, metrics={"loss": 2}, moving="1 of 2 GiB"))
         box.add(Progress(work="w", call="d", progress=0.5))
         box.add(Progress(work="w", call="c", metrics={"acc": 1}))
         box.add(Ended(work="w", call="c", attempt=1, at=0))
         box.add(Progress(work="w", call="c", progress=0.0))
         flow.gate.set()
         assert await box.flushed(5)
-        told = [(item.call, item.progress, item.metrics) for item in flow.items if isinstance(item, Progress)]
+        found = [item for item in flow.items if isinstance(item, Progress)]
+        told = [(item.call, item.progress, item.metrics) for item in found]
         assert told == [("c", 0.1, {}), ("c", 0.2, {"loss": 2, "acc": 1}), ("d", 0.5, {}), ("c", 0.0, {})]
+        assert [item.moving for item in found] == [None, "1 of 2 GiB", None, None]
 
 
 @pytest.mark.parametrize("failure", [(0, b""), (503, b""), (200, b"nonsense")])

@@ -669,6 +669,10 @@ class Agent:
         )
         return attempt.told
 
+    def _tell_moving(self, attempt: Attempt, text: str) -> None:
+        if attempt.record.ended is None:
+            self._outbox.add(Progress(work=attempt.start.work, call=attempt.start.call, moving=text))
+
     def _session(self, work: PlacedWork, session: str) -> None:
         if session != work.session:
             work.session = session
@@ -1167,12 +1171,16 @@ class Agent:
         def published(drive: str, manifest: dict[str, Any]) -> None:
             loop.call_soon_threadsafe(self._publish, attempt.start.work, attempt, drive, manifest)
 
+        def moving(text: str) -> None:
+            loop.call_soon_threadsafe(self._tell_moving, attempt, text)
+
         return FileTransfer(
             attempt.start,
             cwd=cwd,
             drive_url=self.spec.drive_url,
             epoch=self.spec.epoch,
             on_published=published,
+            on_moving=moving,
             writers=lambda: self._writers(attempt),
         )
 

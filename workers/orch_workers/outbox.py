@@ -91,6 +91,7 @@ class Outbox:
                     call=item.call,
                     progress=before.progress if item.progress is None else item.progress,
                     metrics={**before.metrics, **item.metrics},
+                    moving=before.moving if item.moving is None else item.moving,
                 )
                 entry.raw = encode(merged)
                 self._progress[item.call] = (entry, merged)

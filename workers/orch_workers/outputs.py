@@ -31,6 +31,9 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 
 _QUIET = 1.0
 """Seconds for which a file has to be left alone before an unfinished version takes it over; at most half a sync."""
+_LONG = 1.0
+"""Seconds after which a transfer is spoken of."""
+_SAID_EVERY = 0.5
 _ANYWAY = 15
 """Syncs after which an output is looked through although nothing was heard of it."""
 _GROWS = (".csv", ".jsonl", ".ndjson", ".log", ".txt")
@@ -63,6 +66,8 @@ class FileTransfer:
         drive_url: where the app's Drives live.
         epoch: of this agent; a newer one that has published fences it off.
         on_published: called, from the calling thread, with (Drive id, manifest as JSON) for each new version.
+        on_moving: called, from the calling thread, with how far inputs and complete outputs are, when they take long;
+            with an empty text when they are there.
         writers: (work, path) of every output that other works of this machine are writing now.
     """
 
@@ -74,6 +79,7 @@ class FileTransfer:
         drive_url: str,
         epoch: int,
         on_published: Callable[[str, dict[str, Any]], None],
+        on_moving: Callable[[str], None] = lambda text: None,
         writers: Callable[[], list[tuple[str, Path]]],
     ) -> None:
         self._start = start
@@ -82,6 +88,7 @@ class FileTransfer:
         self._drive_url = drive_url
         self._epoch = epoch
         self._on_published = on_published
+        self._on_moving = on_moving
         self._writers = writers
         self._store_: DriveStore | None = None
         self._reported: dict[str, int] = {}
@@ -201,18 +208,20 @@ class FileTransfer:
         return self._store_
 
     def _publish(self, path: str, *, partial: bool, leave: Collection[str] = ()) -> None:
-        manifest = self._store.publish(
-            self._start.work,
-            path,
-            self._cwd / path,
-            partial=partial,
-            epoch=self._epoch,
-            call=self._start.call,
-            host=self._host,
-            cwd=str(self._cwd),
-            root=self._cwd,
-            leave=leave,
-        )
+        with _Meter(f"publishing {path}", self._on_moving) as meter:
+            manifest = self._store.publish(
+                self._start.work,
+                path,
+                self._cwd / path,
+                partial=partial,
+                epoch=self._epoch,
+                call=self._start.call,
+                host=self._host,
+                cwd=str(self._cwd),
+                root=self._cwd,
+                progress=None if partial else meter,
+                leave=leave,
+            )
         crash_point("agent.published")
         if self._reported.get(path) != manifest.serial:
             self._reported[path] = manifest.serial
@@ -258,8 +267,41 @@ class FileTransfer:
                     )
             return False
 
-        self._store.fetch(manifest, dest, skip=refuse if writers else None)
+        with _Meter(f"fetching {path}", self._on_moving) as meter:
+            skip = refuse if writers else None
+            self._store.fetch(manifest, dest, skip=skip, progress=meter if path in self._start.inputs else None)
         self._loaded[mark] = manifest.serial
+
+
+class _Meter:
+    """Says how far a transfer is, if it takes long, and then at most twice a second."""
+
+    def __init__(self, what: str, say: Callable[[str], None]) -> None:
+        self._what = what
+        self._say = say
+        self._next = time.monotonic() + _LONG
+        self._said = False
+
+    def __enter__(self) -> _Meter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._said:
+            self._say("")
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next and done < total:
+            self._next = now + _SAID_EVERY
+            self._said = True
+            self._say(f"{self._what}: {_amounts(done, total)}")
+
+
+def _amounts(done: int, total: int) -> str:
+    """For example `1.2 of 5.0 GiB`."""
+    power = min(4, max(0, total.bit_length() - 1) // 10)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{done / 1024**power:.1f} of {total / 1024**power:.1f} {unit}"
 
 
 class _Watch:
