@@ -8,8 +8,10 @@ import socket
 import zlib
 from pathlib import Path
 
-__all__ = ["PREFIX", "draft_in", "process_exists", "sweep"]
+__all__ = ["OWN_FOLDER", "PREFIX", "draft_in", "process_exists", "sweep"]
 
+OWN_FOLDER = ".orch"
+"""An app's own folder is never published: its token, its state, its Drive."""
 PREFIX = ".orch-tmp-"
 
 

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from orch_drive.crash import crash_point
-from orch_drive.drafts import PREFIX, draft_in, sweep
+from orch_drive.drafts import OWN_FOLDER, PREFIX, draft_in, sweep
 from orch_drive.errors import (
     DriveConflict,
     DriveCorrupt,
@@ -71,7 +71,7 @@ from orch_drive.storage import (
     write_all,
 )
 
-__all__ = ["DriveStore"]
+__all__ = ["DriveStore", "files_in"]
 
 log = logging.getLogger(__name__)
 
@@ -368,13 +368,14 @@ class DriveStore:
         limit = os.path.realpath(root)
         if not _inside(str(real), limit):
             raise DrivePathError(f"{source} leads out of {limit}", hint="publish the folder that it points to instead")
-        if isinstance(self.storage, LocalStorage) and _inside(str(self.storage.root), str(real)):
+        if isinstance(self.storage, LocalStorage) and _holds(real, self.storage.root):
             raise DrivePathError(f"{source} contains the Drive itself ({self.storage.root})")
 
         with self._explained("written to"):
             with self.storage.shared():
                 look = self._load()
                 self._check_epoch(look, component, path, epoch)
+                self._check_case(look, component, path)
                 hint = self._hint(look.index, component, path, str(real), host, cwd, previous)
                 hint.named -= look.broken
                 hint.leave = frozenset(leave) if partial else frozenset()
@@ -526,6 +527,18 @@ class DriveStore:
             )
         return max(epoch, newest)
 
+    def _check_case(self, look: _Look, component: str, path: str) -> None:
+        """Raises DrivePathError if this Drive's own disk would take the path's versions for those of another path."""
+        mine = component, chain_key(path)
+        for other in look.chains:
+            if other != mine and tuple(map(str.casefold, other)) == tuple(map(str.casefold, mine)):
+                if isinstance(self.storage, LocalStorage) and folds_case(self.storage.root):
+                    raise DrivePathError(
+                        f"{path!r} of {component} and {chain_path(other[1])!r} of {other[0]} are one name on this "
+                        f"Drive's disk ({self.storage.root})",
+                        hint="give it another name, or keep the Drive on a disk that tells upper and lower case apart",
+                    )
+
     def _hint(
         self,
         index: ManifestIndex,
@@ -558,7 +571,7 @@ class DriveStore:
             entries: Entries = []
             unstable = ""
             with self._batch(tick) as batch:
-                files = list(_walk(source, limit))
+                files = list(files_in(source, limit))
                 hint.weigh(hint.base if keep else {name for name, _ in files})
                 packer = _Packer(batch, hint.packed)
                 for name, file in files:
@@ -1502,8 +1515,15 @@ def _inside(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _walk(source: Path, limit: str) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder, by relative name. Links are followed as long as they stay within `limit`."""
+def _holds(folder: Path, drive: Path) -> bool:
+    """Whether publishing the folder would publish the Drive."""
+    return _inside(str(drive), str(folder)) and OWN_FOLDER not in drive.relative_to(folder).parts
+
+
+def files_in(source: Path, limit: str | None = None) -> Iterator[tuple[str, Path]]:
+    """Every file below a folder that can be published, by relative name. Links are followed as long as they stay within
+    `limit` (default: the folder). Raises DrivePathError."""
+    limit = os.path.realpath(source) if limit is None else limit
     stack: list[tuple[str, frozenset[str]]] = [("", frozenset({str(source)}))]
     while stack:
         folder, seen = stack.pop()
@@ -1513,7 +1533,7 @@ def _walk(source: Path, limit: str) -> Iterator[tuple[str, Path]]:
         except FileNotFoundError:
             continue
         for item in items:
-            if item.name.startswith(PREFIX):
+            if item.name.startswith(PREFIX) or item.name == OWN_FOLDER:
                 continue
             name = f"{folder}/{item.name}" if folder else item.name
             above = seen

@@ -10,7 +10,8 @@ answer is `RuntimeLost`. httpx is imported with the first request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,10 +215,41 @@ class Client:
         found = self._get(_drive(drive, path), component=component, version=version, link=True, seconds=seconds)
         return str(found["url"])
 
-    def drive_put(self, drive: str, path: str, source: Path) -> dict[str, Any]:
-        """Upload a file as a new version of `path`; returns {"path", "version", "size", ...}."""
-        with source.open("rb") as file:
-            return dict(_json(self._send("PUT", _drive(drive, path), content=file, timeout=None)))
+    def drive_put(
+        self,
+        drive: str,
+        path: str,
+        source: Path,
+        *,
+        sync: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Upload a file or folder as one new version of `path`; returns {"path", "version", "size", ...}. `sync`: what
+        the folder lacks is gone from the Drive too. `progress(done, total)` is told of bytes."""
+        from orch.zips import zipped
+        from orch_drive.store import files_in
+
+        files = list(files_in(source)) if source.is_dir() else [(source.name, source)]
+        done, total = 0, sum(file.stat().st_size for _, file in files)
+
+        def moved(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, total)
+
+        def pieces() -> Iterator[bytes]:
+            with source.open("rb") as file:
+                while data := file.read(1 << 20):
+                    yield data
+                    moved(len(data))
+
+        if source.is_dir():
+            rows = ((name, os.access(file, os.X_OK), lambda file=file: file.open("rb")) for name, file in files)
+            content, params = zipped(rows, compress=False, moved=moved), {"zip": True, "sync": sync or None}
+        else:
+            content, params = pieces(), {}
+        return dict(_json(self._send("PUT", _drive(drive, path), params=params, content=content, timeout=None)))
 
     def drive_find(
         self,

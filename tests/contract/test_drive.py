@@ -1169,11 +1169,41 @@ def test_resuming_sends_only_the_rest(tmp_path: Path) -> None:
 
 
 def test_the_drive_is_not_published_into_itself(tmp_path: Path) -> None:
-    drive = Drive("app").bind(base_url=f"{tmp_path}/.orch/drive", component="t", cwd=tmp_path)
+    drive = Drive("app").bind(base_url=f"{tmp_path}/shared", component="t", cwd=tmp_path)
     write(tmp_path, a="1")
     drive.put("a")
     with pytest.raises(DrivePathError, match=r"contains the Drive itself"):
         drive.put(".")
+
+
+def test_an_apps_own_folder_is_not_published(store: DriveStore, tmp_path: Path) -> None:
+    """Its token would be everybody's."""
+    app = write(tmp_path / "app", a="1")
+    (app / "sub/.orch").mkdir(parents=True)
+    (app / "sub/.orch/token").write_text("secret")
+    here = Drive("app").bind(base_url=f"{app}/.orch/drive", component="t", cwd=app)
+    here.put("a")
+    assert here.put(".") == 1 and here.list(recursive=True) == ["a"]
+    manifest = store.publish("t", ".", app)
+    assert [entry.name for entry in manifest.entries] == ["a"]
+
+
+def test_paths_that_differ_by_case_are_refused_where_the_drive_cannot_tell_them_apart(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write(tmp_path / "s", a="1")
+    store.publish("trainer", "logs", source)
+    monkeypatch.setattr("orch_drive.store.folds_case", lambda folder: True)
+    store.publish("trainer", "logs", write(source, a="2"))
+    store.publish("trainer", "logs/Other", source)
+    if isinstance(store.storage, LocalStorage):
+        for component, path in (("trainer", "Logs"), ("Trainer", "logs")):
+            with pytest.raises(DrivePathError, match=r"'logs' of trainer are one name"):
+                store.publish(component, path, source)
+        assert store.list(".") == ["logs"]
+    else:
+        store.publish("trainer", "Logs", source)
+        assert store.list(".") == ["Logs", "logs"]
 
 
 def test_a_storage_that_cannot_be_used(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_an_app_by_its_address(cli: Cli, tmp_path: Path) -> None:
         (tmp_path / "in" / name).write_text(name)
     (tmp_path / "in" / ".orch").mkdir()
     (tmp_path / "in" / ".orch" / "token").write_text("not for others")
-    far("drive", "put", "in", "data", *here)
+    assert far("drive", "put", "in", "data", *here)[0] == "data: published as version 1, 2 files\n"
     assert [file["path"] for file in far.json("drive", "ls", "data", *here)] == ["data/a.txt", "data/b.txt"]
     assert far("drive", "get", "data", "got", *here)[0] == "got: version 1, 2 of 2 files written\n"
     assert (tmp_path / "got" / "b.txt").read_text() == "b.txt"

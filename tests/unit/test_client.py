@@ -163,6 +163,16 @@ async def test_drive(client: Client, tmp_path: Path) -> None:
         await call(client.drive_find, "app", "nothing")
     await call(client.drive_delete, "app", "in/x.bin")
     assert await call(client.drive_list, "app") == []
+    (tmp_path / "more/sub").mkdir(parents=True)
+    (tmp_path / "more/sub/y").write_bytes(b"y" * 600_000)
+    (tmp_path / "more/run.sh").write_bytes(b"#!")
+    (tmp_path / "more/run.sh").chmod(0o755)
+    told: list[tuple[int, int]] = []
+    done = await call(client.drive_put, "app", "more", tmp_path / "more", progress=lambda *step: told.append(step))
+    assert (done["version"], done["files"]) == (1, 2) and told[-1] == (600_002, 600_002) and len(told) > 2
+    assert [row["path"] for row in await call(client.drive_list, "app")] == ["more/run.sh", "more/sub/y"]
+    (tmp_path / "more/run.sh").unlink()
+    assert (await call(client.drive_put, "app", "more", tmp_path / "more", sync=True))["files"] == 1
 
 
 def test_the_import_is_light() -> None:

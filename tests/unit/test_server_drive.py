@@ -6,6 +6,7 @@ import io
 import zipfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -144,6 +145,56 @@ async def test_a_drive_in_a_bucket(tmp_path: Path, s3_url: str) -> None:
         assert [row["version"] for row in (await http.get("/api/v1/drive/app/in/x?versions=true")).json()] == [1]
         assert (await http.delete("/api/v1/drive/app/in/x")).status_code == 204
         assert (await http.get("/api/v1/drive/app/in/x")).status_code == 404
+
+
+def zip_of(files: dict[str, bytes], **fields: Any) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            info = zipfile.ZipInfo(name)
+            for field, value in fields.items():
+                setattr(info, field, value)
+            archive.writestr(info, data)
+    return out.getvalue()
+
+
+async def test_a_folder_is_uploaded_as_one_version(
+    http: httpx.AsyncClient, store: DriveStore, backend: FakeBackend
+) -> None:
+    url = "/api/v1/drive/app/data"
+    first = zip_of({"a.txt": b"one", "sub/b.txt": b"two", "empty/": b""}, external_attr=0o755 << 16)
+    answer = await http.put(f"{url}?zip=true", content=first)
+    assert (answer.status_code, answer.json()["version"], answer.json()["files"]) == (201, 1, 2)
+    manifest = store.resolve("data")
+    assert manifest is not None and manifest.is_dir and manifest.entries[0].executable
+    assert (await http.put(f"{url}?zip=true", content=zip_of({"c.txt": b"three"}))).json()["version"] == 2
+    assert store.list("data", recursive=True) == ["data/a.txt", "data/c.txt", "data/sub/b.txt"]
+    assert (await http.put(f"{url}?zip=true&sync=true", content=zip_of({"c.txt": b"3"}))).json()["version"] == 3
+    assert store.list("data", recursive=True) == ["data/c.txt"]
+    whole = await http.get(f"{url}?zip=true")
+    assert (await http.put("/api/v1/drive/app/again?zip=true", content=whole.content)).status_code == 201
+    assert store.read_bytes("again/c.txt") == b"3"
+    assert len(backend.published_manifests) == 4, "each is one publish that the flow hears of"
+
+    backend.secrets.append("hush-hush")
+    link = zip_of({"passwd": b"/etc/passwd"}, external_attr=0o120777 << 16)
+    twice = io.BytesIO()
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(twice, "w") as archive:
+        archive.writestr("x", "1")
+        archive.writestr("x", "2")
+    for content, status, word in [
+        (zip_of({"../out": b"1"}), 422, "leaves the root"),
+        (zip_of({"/etc/x": b"1"}), 422, "absolute"),
+        (link, 422, "link"),
+        (twice.getvalue(), 409, "twice"),
+        (zip_of({"a": b"1", "a/b": b"2"}), 409, "twice"),
+        (b"no zip", 422, "no zip file"),
+        (first[:-30], 422, "no zip file"),
+        (zip_of({"s": b"-" * 300_000 + b"hush-hush"}), 422, "secret"),
+    ]:
+        answer = await http.put(f"{url}?zip=true", content=content)
+        assert (answer.status_code, word in answer.json()["detail"]) == (status, True), answer.text
+    assert [info.version for info in store.versions("data")] == [1, 2, 3], "nothing has changed"
 
 
 async def test_a_folder_as_zip(http: httpx.AsyncClient, store: DriveStore) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from orch.wire import StartCall
 from orch_drive import DriveConflict, DriveNotFound
 from orch_drive.crash import crash_point
+from orch_drive.drafts import OWN_FOLDER
 
 if TYPE_CHECKING:
     from watchfiles._rust_notify import RustNotify
@@ -379,6 +380,8 @@ def _files(folder: str, above: str) -> Iterator[tuple[str, int, int]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
+                if entry.name == OWN_FOLDER:
+                    continue
                 if entry.is_dir(follow_symlinks=False):
                     yield from _files(entry.path, f"{above}{entry.name}/")
                     continue

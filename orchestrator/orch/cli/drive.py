@@ -273,44 +273,37 @@ def _bar(verb: str, args: argparse.Namespace) -> Iterator[Progress | None]:
 def put_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="FILE", help="a local file or folder")
     parser.add_argument("path", nargs="?", metavar="PATH", help="its path on the Drive (default: its own name)")
+    parser.add_argument("--sync", action="store_true", help="of a folder: what it lacks is gone from the Drive too")
     parser.add_argument("--drive", default="app", metavar="ID", help="which Drive (default: the app's own)")
     read_arguments(parser)
 
 
 def put(args: argparse.Namespace) -> int:
-    """Published under the name `api`. Each file of a folder is a version of its own."""
+    """Published under the name `api`, a folder as one version, merged over what was put there before."""
+    from orch_drive.manifest import check_path
+
     source = Path(args.source).expanduser()
     if not source.exists():
         raise UsageError(
             f"drive put: there is no {source}", hint="say a local file or folder, then its path on the Drive"
         )
-    path = args.path or source.absolute().name
+    path = check_path(args.path or source.absolute().name)
     target = find_target(args.app)
-    done: list[dict[str, Any]] = []
     if target.url is not None:
-        with target.client() as client:
-            for name, file in _local_files(source, path):
-                done.append({"path": name, "version": client.drive_put(args.drive, name, file)["version"]})
+        with target.client() as client, _bar("put", args) as progress:
+            done = client.drive_put(args.drive, path, source, sync=args.sync, progress=progress)
+        version, files = done["version"], done["files"]
     else:
         from orch.server.drive import UPLOADER
 
         store = _store(target, args.drive)
-        for name, file in _local_files(source, path):
-            with _bar(f"put {name}", args) as progress:
-                done.append({"path": name, "version": store.publish(UPLOADER, name, file, progress=progress).version})
-    _print_done(done, args, "published")
+        with _bar("put", args) as progress:
+            manifest = store.publish(UPLOADER, path, source, sync=args.sync, progress=progress)
+        version, files = manifest.version, len(manifest.entries)
+    _print_done(
+        [{"path": path, "version": version, **({"files": files} if source.is_dir() else {})}], args, "published"
+    )
     return 0
-
-
-def _local_files(source: Path, path: str) -> Iterator[tuple[str, Path]]:
-    if source.is_dir():
-        for folder, folders, names in os.walk(source):
-            folders[:] = sorted(inner for inner in folders if inner != ".orch")  # an app's own: its token, this Drive
-            for name in sorted(names):
-                file = Path(folder, name)
-                yield posixpath.normpath(posixpath.join(path, file.relative_to(source).as_posix())), file
-    else:
-        yield path, source
 
 
 def rm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +337,8 @@ def _print_done(done: list[dict[str, Any]], args: argparse.Namespace, what: str)
         return
     for entry in done:
         version = f" as version {entry['version']}" if "version" in entry else ""
+        if "files" in entry:
+            version += f", {entry['files']} file{'' if entry['files'] == 1 else 's'}"
         sys.stdout.write(f"{entry['path']}: {what}{version}\n")
 
 

@@ -7,7 +7,6 @@ import mimetypes
 import re
 import tempfile
 import time
-import zipfile
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -20,6 +19,7 @@ from orch.server.asgi import HEAD_REQUEST, ClientGone
 from orch.server.context import Context
 from orch.server.openapi import header, problems
 from orch.server.responses import Json, Stream, parse_etags
+from orch.zips import unzip, zipped
 from orch_drive import DriveAmbiguous, DriveConflict, DrivePathError, DriveStore, Manifest
 from orch_drive.manifest import FileInfo, ManifestIndex, check_path, to_json
 
@@ -146,40 +146,11 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     return start, end - start + 1
 
 
-class _Sink:
-    """What zipfile writes to: it cannot seek, and is emptied after each piece."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-
-    def write(self, data: bytes, /) -> int:
-        self._pieces.append(bytes(data))
-        return len(data)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def take(self) -> bytes:
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        return data
-
-
 def _zip(store: DriveStore, manifest: Manifest) -> Iterator[bytes]:
-    sink = _Sink()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
-        for entry in manifest.entries:
-            info = zipfile.ZipInfo(entry.name)
-            info.compress_type = zipfile.ZIP_DEFLATED
-            info.external_attr = (0o755 if entry.executable else 0o644) << 16
-            with store.open(manifest, entry.name) as source, archive.open(info, "w", force_zip64=True) as target:
-                while data := source.read(CHUNK):
-                    target.write(data)
-                    yield sink.take()
-    yield sink.take()
+    files = (
+        (entry.name, entry.executable, lambda name=entry.name: store.open(manifest, name)) for entry in manifest.entries
+    )
+    return zipped(files, compress=True)
 
 
 async def _in_thread(chunks: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
@@ -275,19 +246,31 @@ def _resolve(
     return manifest
 
 
+class _Secrets:
+    """Refuses what holds a secret, also across two pieces of it. An empty piece ends a file."""
+
+    def __init__(self, context: Context) -> None:
+        self._backend = context.backend
+        self._overlap = max((len(value.encode()) for value in context.redactor.values()), default=1) - 1
+        self._seen = b""
+
+    def check(self, data: bytes) -> None:
+        """Raises StateTypeError."""
+        seen = self._seen + data if data else b""
+        self._backend.refuse_secrets(seen, "the upload")
+        self._seen = seen[max(0, len(seen) - self._overlap) :]
+
+
 async def _receive_file(context: Context, request: Request, target: Path) -> None:
     """Raises StateTypeError for what holds a secret."""
-    overlap = max((len(value.encode()) for value in context.redactor.values()), default=1) - 1
-    seen = b""
+    secrets = _Secrets(context)
     with target.open("wb") as file:
         while True:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
             if data := message.get("body", b""):
-                seen += data
-                context.backend.refuse_secrets(seen, "the upload")
-                seen = seen[max(0, len(seen) - overlap) :]
+                secrets.check(data)
                 await asyncio.to_thread(file.write, data)
             if not message.get("more_body", False):
                 return
@@ -350,16 +333,28 @@ def router(context: Context) -> APIRouter:
         store = stores.get(drive)
         return await asyncio.to_thread(_read, context, store, ".", request, component, None, False, recursive, False)
 
-    async def put(drive: DriveName, path: str, request: Request) -> Response:
+    async def put(
+        drive: DriveName,
+        path: str,
+        request: Request,
+        zip: Annotated[bool, Query(description="the body is a zip file: a folder, as one version")] = False,
+        sync: Annotated[bool, Query(description="of a folder: what it lacks is gone from the Drive too")] = False,
+    ) -> Response:
         store = stores.get(drive)
-        path = check_path(path)
+        path = check_path((path or ".") if zip else path)
         context.backend.refuse_secrets(path, "the path")
         with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
-            file = Path(folder, path.rpartition("/")[2])
-            await _receive_file(context, request, file)
-            manifest = await asyncio.to_thread(store.publish, UPLOADER, path, file)
+            source = Path(folder, path.rpartition("/")[2] if not zip else "files")
+            if zip:
+                archive = Path(folder, "zip")
+                await _receive_file(context, request, archive)
+                await asyncio.to_thread(unzip, archive, source, _Secrets(context).check)
+            else:
+                await _receive_file(context, request, source)
+            manifest = await asyncio.to_thread(store.publish, UPLOADER, path, source, sync=sync)
         await context.backend.published(drive, to_json(manifest))
-        return Json(context, _version_row(manifest), 201, {"etag": f'"{manifest.entries[0].sha256}"'})
+        etag = {} if manifest.is_dir else {"etag": f'"{manifest.entries[0].sha256}"'}
+        return Json(context, _version_row(manifest), 201, etag)
 
     async def delete(drive: DriveName, path: str, component: ComponentQuery = None) -> Response:
         store = stores.get(drive)
@@ -376,7 +371,12 @@ def router(context: Context) -> APIRouter:
         openapi_extra={"parameters": DOWNLOAD_HEADERS},
     )
     routes.add_api_route(
-        "/{drive}/{path:path}", put, methods=["PUT"], status_code=201, summary="Upload a file", openapi_extra=BINARY
+        "/{drive}/{path:path}",
+        put,
+        methods=["PUT"],
+        status_code=201,
+        summary="Upload a file, or a folder as a zip file",
+        openapi_extra=BINARY,
     )
     routes.add_api_route(
         "/{drive}/{path:path}",
