@@ -622,7 +622,7 @@ class ManifestIndex:
             names = [check_component(component)] if component else self.components()
             views = [self.view(name, True).at(path) for name in names]
             found += [manifest for manifest in views if manifest is not None and manifest.partial]
-        found.sort(key=lambda m: (m.component, m.partial, m.version, m.serial))
+        found.sort(key=lambda m: (m.component, m.partial, m.serial))
         return [
             VersionInfo(
                 version=m.version,

@@ -975,15 +975,31 @@ def test_a_torn_manifest_was_never_committed(store: DriveStore, tmp_path: Path) 
     assert fresh.read_bytes("s/a") == b"2"
 
 
-def test_a_clock_that_is_an_hour_off(store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_an_hour_off(
+    store: DriveStore, base_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
     source = write(tmp_path / "s", a="1")
     store.publish("trainer", "s", source)
+    now, create = time.time, store.storage.create
     with monkeypatch.context() as patch:
-        now = time.time
-        patch.setattr(time, "time", lambda: now() - 3600)
+        patch.setattr(time, "time", lambda: now() + hours * 3600)
         store.publish("trainer", "s", write(source, a="2"))
         store.publish("trainer", "s/b", write(tmp_path, b="3") / "b")
-    assert store.read_bytes("s/a") == b"2" and store.read_bytes("s/b") == b"3"
+        assert [info.version for info in store.versions("s") if info.path == "s"] == [1, 2]
+
+    def collected_meanwhile(key: str, data: bytes) -> bool:
+        """The bytes are there and no manifest names them yet: a collector whose clock is wrong comes by."""
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda: now() + hours * 3600)
+            DriveStore(base_url, "app").gc()
+        return create(key, data)
+
+    monkeypatch.setattr(store.storage, "create", collected_meanwhile)
+    store.publish("trainer", "s", write(source, a="4"))
+    fresh = DriveStore(base_url, "app")
+    assert fresh.read_bytes("s/a") == b"4" and fresh.verify(".") == 1 and fresh.list("s") == ["s/a"]
+    assert [fresh.verify("s", version=info.version) for info in fresh.versions("s") if info.path == "s"] == [1, 1, 1]
 
 
 # ---- many at once ----------------------------------------------------------------------------------------------------
@@ -1254,6 +1270,47 @@ def test_a_full_disk_is_said(store: DriveStore, tmp_path: Path, monkeypatch: pyt
             store.publish("trainer", "s", tmp_path / "s")
     assert error.value.hint == "the disk is full"
     assert store.read_bytes("s/a") == b"1"
+
+
+def test_a_disk_that_is_really_full(small_disk: Callable[[str], Path], tmp_path: Path) -> None:
+    disk = small_disk("size=2m")
+    store = DriveStore(f"{disk}/drive", "app")
+    source = tmp_path / "s"
+    source.mkdir()
+    (source / "a").write_bytes(old := os.urandom(600_000))
+    store.publish("trainer", "s", source)
+    (source / "a").write_bytes(os.urandom(600_000))
+    (source / "b").write_bytes(os.urandom(1_500_000))
+    for partial in (False, True):
+        with pytest.raises(DriveUnavailable, match="cannot be written to") as error:
+            store.publish("trainer", "s", source, partial=partial)
+        assert error.value.hint == "the disk is full"
+    assert store.read_bytes("s/a") == old and store.verify(".") == 1 and len(store.versions("s", partial=True)) == 1
+    small_disk("remount,size=8m")
+    manifest = store.publish("trainer", "s", source)
+    assert manifest.version == 2 and store.verify(".") == 2
+    (disk / "in-the-way").write_bytes(b"x" * 4_000_000)
+    with pytest.raises(DriveUnavailable, match="does not fit"):
+        store.fetch(manifest, disk / "dest")
+    assert not (disk / "dest").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of its own, mounted with the options that it is called with."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"mount is not permitted here: {made.stderr.strip()}")
+        return place
+
+    yield mount
+    subprocess.run(["umount", "-l", place], check=True)
 
 
 def test_a_version_that_does_not_fit_is_refused_before_anything_is_written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import zipfile
 from collections.abc import AsyncIterator
@@ -195,6 +196,18 @@ async def test_a_folder_is_uploaded_as_one_version(
         answer = await http.put(f"{url}?zip=true", content=content)
         assert (answer.status_code, word in answer.json()["detail"]) == (status, True), answer.text
     assert [info.version for info in store.versions("data")] == [1, 2, 3], "nothing has changed"
+
+
+async def test_an_upload_that_does_not_fit_is_refused(
+    http: httpx.AsyncClient, store: DriveStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("orch.server.drive.unzip", full)
+    answer = await http.put("/api/v1/drive/app/data?zip=true", content=zip_of({"a": b"1"}))
+    assert (answer.status_code, "No space left" in answer.json()["detail"]) == (503, True)
+    assert "TMPDIR" in answer.json()["hint"] and store.resolve("data") is None
 
 
 async def test_a_folder_as_zip(http: httpx.AsyncClient, store: DriveStore) -> None:

@@ -8,6 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from orch.server.context import Context
 from orch.server.openapi import header, problems
 from orch.server.responses import Json, Stream, parse_etags
 from orch.zips import unzip, zipped
-from orch_drive import DriveAmbiguous, DriveConflict, DrivePathError, DriveStore, Manifest
+from orch_drive import DriveAmbiguous, DriveConflict, DrivePathError, DriveStore, DriveUnavailable, Manifest
 from orch_drive.manifest import FileInfo, ManifestIndex, check_path, to_json
 
 __all__ = ["UPLOADER", "router"]
@@ -261,6 +262,19 @@ class _Secrets:
         self._seen = seen[max(0, len(seen) - self._overlap) :]
 
 
+@contextmanager
+def _upload_folder() -> Iterator[str]:
+    """Raises DriveUnavailable if the disk cannot take the upload."""
+    with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
+        try:
+            yield folder
+        except OSError as error:
+            raise DriveUnavailable(
+                f"the upload cannot be kept in {tempfile.gettempdir()}: {error.strerror or error}",
+                hint="it needs room for the upload, TMPDIR of `orch run` says where; of a folder for twice its size",
+            ) from error
+
+
 async def _receive_file(context: Context, request: Request, target: Path) -> None:
     """Raises StateTypeError for what holds a secret."""
     secrets = _Secrets(context)
@@ -343,7 +357,7 @@ def router(context: Context) -> APIRouter:
         store = stores.get(drive)
         path = check_path((path or ".") if zip else path)
         context.backend.refuse_secrets(path, "the path")
-        with tempfile.TemporaryDirectory(prefix="orch-upload-") as folder:
+        with _upload_folder() as folder:
             source = Path(folder, path.rpartition("/")[2] if not zip else "files")
             if zip:
                 archive = Path(folder, "zip")
