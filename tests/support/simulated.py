@@ -701,6 +701,8 @@ class SimRuntime:
 
     def reap(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class Console:
     """Everything that is said goes into the trace."""

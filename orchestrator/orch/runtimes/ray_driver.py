@@ -128,7 +128,7 @@ class Driver:
             answer["ok"] = await getattr(self, f"do_{request['do']}")(**request["with"])
         except Refused as error:
             answer |= dict(zip(("error", "message", "hint"), error.args, strict=True))
-        except (exceptions.RayError, TimeoutError, OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             log.exception("%s", request["do"])
             answer |= {"error": "lost", "message": _first_line(error), "hint": ""}
         finally:
@@ -180,7 +180,7 @@ class Driver:
         nodes = [node for node in await self.nodes() if node["Alive"]]
         shapes = [node["Resources"] for node in nodes] + self.config["machines"]
         needs = wanted(
-            spec["compute"],
+            spec.get("compute", {}),
             machine=machine,
             offered={name for shape in shapes for name in shape},
             accelerators=_accelerators(),
