@@ -687,8 +687,6 @@ class SimRuntime:
     def waits(self, agent: str) -> str:
         return ""
 
-    def close(self) -> None: ...
-
     async def reachable(self) -> bool:
         return True
 
