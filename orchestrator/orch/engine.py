@@ -907,6 +907,7 @@ class Engine:
         work = self.find(event.work)
         shown = work.book.shown
         if shown is not None:
+            self._abandon(work, now)
             self._cancel(work, Reason.STOPPED, now)
             latest = work.book.shown if work.book.shown is not None else shown
             work.book.held = latest.key
@@ -914,9 +915,20 @@ class Engine:
         self._revise([], "api", now)
         self._answer(event, self.describe(work))
 
+    def _abandon(self, work: KnownWork, now: float) -> None:
+        """Somebody has decided about a script that nobody can be asked about any more. If it lives, it is refused."""
+        call = None if work.book.current is None else work.book.calls[work.book.current]
+        agent = self.agents[work.agent]
+        if call is None or call.stage is not Stage.UNKNOWN or not (agent.up and work.sent_epoch < agent.since):
+            return
+        work.live = False
+        self._end(work, call.move(Stage.STOPPED, reason=Reason.STOPPED, message=call.message, finished_at=now))
+        self._touch(work)
+
     def _restart_work(self, event: RestartWork, now: float) -> None:
         work = self.find(event.work)
         self._refuse_when_ending(work)
+        self._abandon(work, now)
         self._restart(work, now)
         self._revise([], "api", now)
         self._answer(event, self.describe(work))

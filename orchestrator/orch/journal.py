@@ -19,6 +19,7 @@ Journal from one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import time
@@ -438,6 +439,14 @@ class Journal:
         doomed = [(run, row[0]) for row in rows if row not in keep and row != newest]
         self._db.executemany("DELETE FROM snapshots WHERE run = ? AND rev = ?", doomed)
         self._db.execute("DELETE FROM revisions WHERE run = ? AND rev <= ?", (run, base[0]))
+
+    def copy(self, path: Path) -> None:
+        """All that is committed, as a database of its own at `path` (mode 0600)."""
+        path.unlink(missing_ok=True)
+        with _explained(path):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            with contextlib.closing(sqlite3.connect(path)) as target:
+                self._db.backup(target)
 
     # -- reading
 

@@ -13,7 +13,7 @@ import logging
 import secrets as random_secrets
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -71,6 +71,8 @@ class Server(Protocol):
     folder: AppFolder
     engine: Engine
     drive_url: str
+    agent_tokens: Mapping[str, str]
+    """Of agents that an earlier server has launched."""
 
     @property
     def console(self) -> Teller: ...
@@ -133,12 +135,13 @@ class Link:
 class Links:
     """Made by the server before its engine is there: the agent of this machine starts while app.py is imported."""
 
-    def __init__(self, server: Server, *, started: float, cut_off: bool) -> None:
+    def __init__(self, server: Server, *, started: float, cut_off: bool, brought: bool = False) -> None:
         """`started`: seconds since the epoch, now. `cut_off`: the run that is resumed was not ended, so its agents and
-        scripts may still live."""
+        scripts may still live. `brought`: its journal comes from another disk, and nothing else."""
         self._server = server
         self._started = started
         self._cut_off = cut_off
+        self._brought = brought
         self._links: dict[str, Link] = {}
         self._epochs: dict[str, int] = {}
         self._tokens: dict[str, str] = {}
@@ -299,7 +302,11 @@ class Links:
 
     async def _launch_once(self, agent: str, epoch: int, port: int, dead: bool) -> AgentStatus | None:
         # One token for all incarnations: one that is replaced must hear that (409), not that it is a stranger (401).
-        token = self._tokens.setdefault(agent, random_secrets.token_urlsafe(32))
+        if agent not in self._tokens:
+            self._tokens[agent] = self._server.agent_tokens.get(agent) or random_secrets.token_urlsafe(32)
+            if agent != LOCAL:
+                self._server.engine.note_fact("agent_token", agent, self._tokens[agent])
+        token = self._tokens[agent]
         self._epochs[agent] = epoch
         runtime = self._server.runtime_of(agent)
         await self._server.listen_for(agent)
@@ -598,6 +605,7 @@ class Links:
                 await self._end(link, handle, kill=False, timeout=grace + AGENT_STOP)
             if self._server.engine.agents.get(link.agent) is None and self._links.get(link.agent) is link:
                 del self._links[link.agent]  # its Work was removed
+                self._server.engine.note_fact("agent_token", link.agent, None)
                 link.close()
 
     async def end(self, *, kill: bool) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
@@ -33,6 +33,7 @@ import msgspec
 
 from orch import events as e
 from orch._version import __version__
+from orch.backup import SHIP_EVERY, Backup
 from orch.engine import NO_RECORD, Config, Engine
 from orch.errors import JournalError, NotFound, OrchError, RuntimeLost, StaleEpoch, StateTypeError, UsageError
 from orch.journal import KEPT_RUNS, Batch, Journal, Revision
@@ -147,8 +148,14 @@ class Service:
         """By run, whose values are not known any more."""
         self._exit_kill = False
         self._routes: list[ApiRoute] = []
+        self.agent_tokens: Mapping[str, str] = {}
         self._work_tokens: dict[str, str] = {}
         self._runtime = runtime
+        copied_to = os.environ.get("ORCH_BACKUP")
+        self._backup = Backup(copied_to, folder.state_db) if copied_to else None
+        self._backup_thread = ThreadPoolExecutor(1, thread_name_prefix="orch-backup")
+        self._brought = False
+        """The journal comes from another disk: nothing else that was written beside it is here."""
         self._url_elsewhere = ""
         self._opening = asyncio.Lock()
         self._door: HttpServer | None = None
@@ -176,7 +183,7 @@ class Service:
             previous = self._choose_run()
             sock = self._listen()
             self.console.step(f"loading {self.options.app_file.name}")
-            self._links = Links(self, started=self.started, cut_off=self._cut_off)
+            self._links = Links(self, started=self.started, cut_off=self._cut_off, brought=self._brought)
             agent_ready = asyncio.ensure_future(self._links.first())
             await asyncio.sleep(0)  # the agent starts on the other core while app.py is imported
             try:
@@ -195,6 +202,7 @@ class Service:
         finally:
             await self._journal(self._close_journal)
             self._journal_thread.shutdown()
+            self._backup_thread.shutdown()
             self._pass_thread.shutdown(wait=False)
         code = 130 if self.interrupted and self.code == 0 else self.code
         if not self._detaching:
@@ -233,6 +241,7 @@ class Service:
                 self._links.begin()
                 tasks = [
                     group.create_task(self._log_loop(), name="logs"),
+                    group.create_task(self._backup_loop(), name="backup"),
                     group.create_task(self._announce(server, agent_ready), name="start"),
                 ]
                 await self._exit.wait()
@@ -278,6 +287,9 @@ class Service:
 
     def _open_journal(self) -> Journal:
         path, durable = self.folder.state_db, self.options.durable
+        if self._backup is not None and self._backup.claim(fresh=self.options.fresh):
+            self.console.note(f"the journal was brought from {self._backup.url}")
+            self._brought = True
         if not self.options.fresh:
             return Journal.open(path, durable=durable)
         journal, aside = Journal.open_anew(path, durable=durable)
@@ -290,6 +302,9 @@ class Service:
             how = "interrupted" if self.interrupted else self.engine.stage
             self._snapshot_batch()
             self.journal.end_run(self.run, how)
+            if self._backup is not None and self._backup.based:
+                self._backup.end_run(self.run, how)
+                self._backup.ship(self.console.warn)
         self.journal.close()
 
     def _choose_run(self) -> Any:
@@ -353,6 +368,7 @@ class Service:
                 self.console.note(line)
             tree = with_calls(self.program.node(), loaded.state)
             rev, revs = loaded.rev, msgspec.json.decode(loaded.tree.snapshot().revs)
+        self.agent_tokens = facts.get("agent_token", {})
         for kind, value in facts.get("token", {}).items():
             self._work_tokens[kind] = value
         self._event_id = int(facts.get("event", {}).get("reserved", 0)) if facts else 0
@@ -550,12 +566,42 @@ class Service:
             if self._broken is None:
                 self._settled = None
                 settled.set_result(None)
+        if self._backup is not None:
+            await self._back_up(batch, revisions)
         if self.journal.held and not self._told_held:
             self.console.warn(
                 f"{self.folder.state_db}-wal has grown to {self.journal.held / 2**20:.0f} MiB, because a program that"
                 " reads the database keeps a transaction open: end that program"
             )
         self._told_held = self.journal.held > 0
+
+    async def _back_up(self, batch: e.Batch, revisions: list[Revision]) -> None:
+        """What is done about the batch next is known elsewhere before. Raises JournalError."""
+        backup = self._backup
+        assert backup is not None
+        if backup.based:
+            backup.add(self.run, Batch(revisions=revisions, facts=batch.facts))
+            if batch.durable:
+                await self._in_backup(backup.ship, self.console.warn)
+        if backup.due:
+            first = not backup.based
+            based = self._in_backup(backup.put_base, *await self._journal(backup.copy, self.journal))
+            if first:
+                await based
+            else:
+                based.add_done_callback(self._new_base)
+
+    def _in_backup(self, method: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(self._backup_thread, method, *args)
+
+    def _new_base(self, done: asyncio.Future[Any]) -> None:
+        if not done.cancelled() and (error := done.exception()) is not None:
+            self.console.warn(str(error))
+
+    async def _backup_loop(self) -> None:
+        while self._backup is not None:
+            await asyncio.sleep(SHIP_EVERY)
+            await self._in_backup(self._backup.ship, self.console.warn)
 
     def _snapshot_batch(self) -> None:
         self.journal.commit(self.run, Batch(snapshot=self.engine.tree.snapshot()))

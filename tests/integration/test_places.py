@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from testkit import RunningApp, wait_until
+from testkit import RunningApp, free_port, kill_all, wait_until
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a process's end is told to others by Linux only")
@@ -267,3 +267,32 @@ def test_a_new_run_ends_what_a_killed_one_has_left(app: PlacesApp) -> None:
     app.start("--fresh")
     wait_until(lambda: not psutil.pid_exists(int(str(left["place_pid"]))), 20, what="the old place is given back")
     assert app.stage("trainer") == "not_started"
+
+
+def test_an_app_whose_disk_is_lost_goes_on_from_the_copy_of_its_journal(tmp_path: Path, app: PlacesApp) -> None:
+    app.env["ORCH_BACKUP"] = f"file://{tmp_path}/copy"
+    drive, port = f"file://{tmp_path}/drive", free_port()
+    app.start("--drive", drive, port=port)
+    app.set("/vars/want", ["again"])
+    app.go("again")
+    app.until("again", "succeeded")
+    app.set("/vars/want", ["again", "trainer"])
+    app.until("trainer", "running")
+    places = app.places()
+    old = places["trainer"]
+    app.kill()
+    (app.folder / ".orch").rename(tmp_path / "lost")
+    app.start("--drive", drive, port=port)
+    assert "was brought from" in app.output()
+    assert app.state("/vars/want") == ["again", "trainer"]
+    assert app.stage("again") == "succeeded"
+    unknown = app.until("trainer", "unknown")
+    assert unknown["attempt"] == 1, "nobody knows what became of it: it is not started again"
+    wait_until(
+        lambda: not psutil.pid_exists(int(str(old["pid"]))), 20, what="the old agent is told that it is replaced"
+    )
+    app.go("trainer")
+    app.post("/works/trainer/restart")
+    app.until("trainer", "succeeded")
+    app.interrupt()
+    kill_all(app.processes())  # what only the lost disk knew
