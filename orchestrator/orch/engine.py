@@ -156,6 +156,9 @@ class Engine:
         self.pass_seconds = 0.0
         self._slow = False
         self.hidden: dict[str, KnownWork] = {}
+        """The pages' servers."""
+        self.parts: dict[str, KnownWork] = {}
+        """The further machines of Works that have several, as Works of their own (see `_start_parts`)."""
 
         self._out: list[Instruction] = []
         self._revisions: list[Revised] = []
@@ -200,9 +203,26 @@ class Engine:
         work.agent = self.config.agent_of(spec)
         self.agents.setdefault(work.agent, KnownAgent(work.agent))
         self._touch(work)
+        if not self._apart(work) or spec.kind == "python":
+            return
+        for rank in range(1, spec.compute.get("count", 1)):
+            # Outputs are those of the first machine, and so are the vars.
+            part = KnownWork(
+                msgspec.structs.replace(
+                    spec, name=f"{spec.name}~{rank}", pointer="", hidden=True, outputs=[], retries=0
+                ),
+                self.run,
+            )
+            part.main, part.agent = work, part.spec.name
+            work.parts.append(part)
+            self.parts[part.spec.name] = part
+            self.agents.setdefault(part.agent, KnownAgent(part.agent))
 
     def _all(self) -> list[KnownWork]:
-        return [*self.works.values(), *self.hidden.values()]
+        return [*self.works.values(), *self.hidden.values(), *self.parts.values()]
+
+    def known(self, name: str) -> KnownWork | None:
+        return self.works.get(name) or self.hidden.get(name) or self.parts.get(name)
 
     def _apart(self, work: KnownWork) -> bool:
         """Whether it has a place of its own."""
@@ -213,7 +233,7 @@ class Engine:
         return next((work.spec for work in self._all() if work.agent == agent), None)
 
     def find(self, name: str) -> KnownWork:
-        work = self.works.get(name) or self.works.get(name.removeprefix("root.")) or self.hidden.get(name)
+        work = self.works.get(name.removeprefix("root.")) or self.known(name)
         if work is None:
             raise NotFound(f"there is no work {name!r}", hint=f"works: {', '.join(self.works) or 'none'}")
         return work
@@ -250,7 +270,7 @@ class Engine:
     def _show(self, now: float) -> None:
         """Operations that bring the statuses in the tree up to date, into the revision that is being made."""
         for name in self._dirty:
-            work = self.works.get(name) or self.hidden.get(name)
+            work = self.known(name)
             if work is None:
                 continue
             for call_id in sorted(work.book.touched):
@@ -270,6 +290,9 @@ class Engine:
                 "held_key": work.book.held,
                 "stopping": work.stopping,
                 "sent_epoch": work.sent_epoch,
+                "part_failure": work.part_failure and msgspec.to_builtins(work.part_failure),
+                "waiting_end": work.waiting_end and msgspec.to_builtins(work.waiting_end),
+                "master_port": work.master_port,
             }
             if kept != work.kept:
                 work.kept = kept
@@ -532,11 +555,11 @@ class Engine:
         return ItemResult(seq=seq, rev=rev)
 
     def _agent_of(self, work: str, unknown: str = LOCAL) -> str:
-        known = self.works.get(work) or self.hidden.get(work)
+        known = self.known(work)
         return known.agent if known is not None else unknown
 
     def _report(self, item: Item, seq: int, now: float) -> int:
-        work = self.works.get(item.work) or self.hidden.get(item.work)
+        work = self.known(item.work)
         if work is None:
             if isinstance(item, VarOps):
                 raise NotFound(f"there is no work {item.work!r} any more")
@@ -649,17 +672,27 @@ class Engine:
         call = self._current(work, item.call, item.attempt)
         if call is None or call.done or (call.stage is Stage.PENDING and call.due is not None):
             return
+        if work.main is not None:
+            self._part_ended(work, call, item, now)
+            self._maybe_exit(now)
+            return
+        if work.parts and work.live:
+            if work.part_failure is not None and not work.stopping:
+                failure = work.part_failure
+                item = msgspec.structs.replace(
+                    item, reason=failure.reason, message=failure.message, exit_code=failure.exit_code, cut=failure.cut
+                )
+            elif item.reason is None and any(part.live for part in work.parts) and not work.stopping:
+                work.waiting_end = item
+                self._touch(work)
+                return
+            self._stop_parts(work, now)
         work.live = False
         self._be_ready(work, False, item.at)
         work.exit_code = item.exit_code
         self._durable = True
         self._close_burst = True
-        if item.reason is None:
-            reason = None
-        elif item.reason in Reason._value2member_map_:
-            reason = Reason(item.reason)
-        else:
-            reason = Reason.EXCEPTION
+        reason = _reason_of(item)
         ended = call.replace(exit_code=item.exit_code, finished_at=item.at, due=None)
         if reason is Reason.TIMEOUT:
             work.num_timeouts += 1
@@ -671,7 +704,7 @@ class Engine:
                 self._end(work, ended.move(Stage.STOPPED, reason=why, message=item.message))
         elif item.cut and work.spec.on_lost == "restart":
             self._start_again(work, ended, item.message, now)
-        elif work.spec.kind == "service" and self._restarts(work, reason):
+        elif work.spec.kind == "service" and self._restarts(work, reason, cut=item.cut):
             delay = RESTART_DELAYS[min(work.deaths, len(RESTART_DELAYS) - 1)]
             work.deaths += 1
             said = item.message or f"exit code {item.exit_code}"
@@ -696,8 +729,8 @@ class Engine:
         self._maybe_exit(now)
 
     @staticmethod
-    def _restarts(work: KnownWork, reason: Reason | None) -> bool:
-        if reason in (Reason.INFEASIBLE, Reason.BUILD_FAILED):
+    def _restarts(work: KnownWork, reason: Reason | None, *, cut: bool) -> bool:
+        if cut and work.spec.on_lost == "fail":
             return False
         return work.spec.restart == "always" or (work.spec.restart == "on_failure" and reason is not None)
 
@@ -732,8 +765,7 @@ class Engine:
             if not book.queue:
                 self._idle(work, now)
                 return
-            if not work.placed:
-                self._place(work)
+            if not self._all_placed(work):
                 return
             call = book.take()
             assert call is not None
@@ -743,8 +775,7 @@ class Engine:
             call = book.calls[book.current]
             if work.live or work.stopping or (call.due is not None and call.due > now):
                 return
-            if not work.placed:
-                self._place(work)
+            if not self._all_placed(work):
                 return
         launched = book.put(call.replace(attempt=call.attempt + 1, due=None, finished_at=None))
         work.live, work.release_at = True, None
@@ -754,6 +785,74 @@ class Engine:
         self._durable = True
         self._touch(work)
         self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, launched)]))
+        self._start_parts(work, launched, now)
+
+    # -- Works on several machines
+    def _all_placed(self, work: KnownWork) -> bool:
+        """Whether a call can start; asks for the places that are missing."""
+        for each in (work, *work.parts):
+            if not each.placed:
+                self._place(each)
+        return all(each.placed for each in (work, *work.parts)) and not any(part.live for part in work.parts)
+
+    def _start_parts(self, work: KnownWork, call: Call, now: float) -> None:
+        """An attempt of such a Work is one script a machine, started together. Each further one is a call of its own to
+        a part; the attempt ends when all have ended, or when one has failed: then the others are stopped."""
+        work.part_failure = work.waiting_end = None
+        for part in work.parts:
+            part.book.add(part.book.new(call.args, call.kwargs, now))
+            self._advance(part, now)
+
+    def _ranks(self, work: KnownWork) -> dict[str, str]:
+        """What each machine's script is told, as torchrun and Lightning read it."""
+        main = work.main or work
+        if not main.parts:
+            return {}
+        rank = 0 if work is main else 1 + main.parts.index(work)
+        count = str(1 + len(main.parts))
+        return {
+            "MASTER_ADDR": main.host,
+            "MASTER_PORT": str(main.master_port),
+            "NODE_RANK": str(rank),
+            "NUM_NODES": count,
+            "RANK": str(rank),
+            "WORLD_SIZE": count,
+        }
+
+    def _part_ended(self, part: KnownWork, call: Call, item: Ended, now: float) -> None:
+        main = part.main
+        assert main is not None
+        part.live = False
+        ended = call.replace(exit_code=item.exit_code, finished_at=item.at, due=None)
+        stopped, failed = part.stopping, _reason_of(item)
+        if stopped:
+            self._end(part, ended.move(Stage.STOPPED, reason=Reason(stopped), message=item.message))
+        elif failed is None:
+            self._end(part, ended.move(Stage.SUCCEEDED, reason=None, message=item.message))
+        else:
+            self._end(part, ended.move(Stage.FAILED, reason=failed, message=item.message))
+        self._touch(part)
+        if main.live and main.book.current is not None:
+            if failed is not None and not stopped:
+                self._part_failed(main, main.book.calls[main.book.current], part, item, now)
+            if main.waiting_end is not None and not any(each.live for each in main.parts):
+                self._ended(main, main.waiting_end, now)
+        self._advance(main, now)
+
+    def _part_failed(self, main: KnownWork, call: Call, part: KnownWork, item: Ended, now: float) -> None:
+        if main.part_failure is not None or main.stopping:
+            return
+        message = f"machine {main.parts.index(part) + 1}: {item.message or item.reason}"
+        main.part_failure = msgspec.structs.replace(item, message=message)
+        self._touch(main)
+        self._stop_parts(main, now)
+        if main.waiting_end is None:
+            self._emit(self._stop_message(main, call.id, call.attempt, Reason.STOPPED))
+
+    def _stop_parts(self, main: KnownWork, now: float) -> None:
+        for part in main.parts:
+            if part.live:
+                self._cancel(part, Reason.STOPPED, now)
 
     def _start_message(self, work: KnownWork, call: Call) -> StartCall:
         spec = work.spec
@@ -773,8 +872,8 @@ class Engine:
             kwargs=call.kwargs,
             shell=spec.shell,
             cwd=spec.cwd,
-            env={**self.config.env, **spec.env},
-            secrets={**self.config.secrets, **(self.config.page_secrets if spec.hidden else {})},
+            env={**self._ranks(work), **self.config.env, **spec.env},
+            secrets={**self.config.secrets, **(self.config.page_secrets if spec.name in self.hidden else {})},
             base_path=f"/view/{spec.name}" if not spec.hidden else f"/view/{spec.display_name}",
             prefix=spec.prefix,
             health=spec.health,
@@ -835,6 +934,7 @@ class Engine:
             port=work.port,
             python=work.spec.kind == "python",
             drives=work.spec.drives(values),
+            master=bool(work.parts),
         )
 
     def _cancel(self, work: KnownWork, reason: Reason, now: float, *, kill: bool = False) -> None:
@@ -852,6 +952,7 @@ class Engine:
             return
         if work.stopping and not kill:
             return
+        self._stop_parts(work, now)
         work.stopping = str(reason)
         work.ready = False
         self._emit(self._stop_message(work, call.id, call.attempt, reason, kill=kill))
@@ -1070,7 +1171,8 @@ class Engine:
             rev = self._revise([], "flow" if not method else "api", now)
         for spec in result.created:
             if spec.start_with_flow:
-                self._place(self.works[spec.name])
+                for work in (self.works[spec.name], *self.works[spec.name].parts):
+                    self._place(work)
         for work in asked:
             self._advance(work, now)
         self._own_change(result.how, ops, method, now)
@@ -1148,9 +1250,11 @@ class Engine:
         self._fact("work", name, None)
         self.config.forget_token(name)
         if self._apart(work):
-            self._release(work, work.spec.grace if work.live else 0.0)
-            del self.agents[work.agent]
-            self._fact("agent", work.agent, None)
+            for each in (work, *work.parts):
+                self._release(each, each.spec.grace if each.live else 0.0)
+                del self.agents[each.agent]
+                self._fact("agent", each.agent, None)
+                self.parts.pop(each.spec.name, None)
         elif work.placed or work.placing:
             self._emit(ForgetWorks(agent=work.agent, works=[name], rev=self.tree.rev))
 
@@ -1221,15 +1325,23 @@ class Engine:
             self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, call)]))
             self._emit(PollAgent(agent=work.agent))  # it may have it already, and say nothing about it any more
 
-    def _lost(self, work: KnownWork, call: Call, why: str, now: float) -> None:
-        """The attempt has ended, and nobody knows how."""
-        name, reason = work.spec.name, str(Reason.LOST)
-        self._ended(work, Ended(work=name, call=call.id, attempt=call.attempt, at=now, reason=reason, message=why), now)
+    def _lost(self, work: KnownWork, call: Call, why: str, now: float, *, cut: bool = False) -> None:
+        """The attempt has ended, and nobody knows how. `cut`: because its lease is over."""
+        lost = Ended(
+            work=work.spec.name,
+            call=call.id,
+            attempt=call.attempt,
+            at=now,
+            reason=str(Reason.LOST),
+            message=why,
+            cut=cut,
+        )
+        self._ended(work, lost, now)
 
     def _reconcile(self, status: AgentStatus, now: float) -> None:
         """A poll's facts are the items' facts; those that were not seen yet take effect here."""
         for report in status.works:
-            work = self.works.get(report.work) or self.hidden.get(report.work)
+            work = self.known(report.work)
             if work is None:
                 if report.work not in self._kept_pages:  # e.g. app.py declares it no longer
                     self._emit(ForgetWorks(agent=status.agent, works=[report.work], rev=self.tree.rev + 1))
@@ -1299,7 +1411,7 @@ class Engine:
     def _steady(self, event: Steady, now: float) -> None:
         """Leases of scripts that nobody can ask about: when they are over, so are the scripts."""
         for name, since in list(self._doubts.items()):
-            work = self.works.get(name) or self.hidden.get(name)
+            work = self.known(name)
             call = None if work is None or work.book.current is None else work.book.calls[work.book.current]
             if work is None or call is None or call.stage is not Stage.UNKNOWN or not work.live:
                 del self._doubts[name]
@@ -1308,7 +1420,6 @@ class Engine:
             elif event.clock - since >= work.spec.lost_after and self._alive:
                 del self._doubts[name]
                 self._give_up(work, now)
-                self._advance(work, now)
 
     @property
     def waits_for_leases(self) -> bool:
@@ -1317,7 +1428,7 @@ class Engine:
 
     def _placed_works(self, event: PlacedWorks, now: float) -> None:
         for placed in event.placed:
-            work = self.works.get(placed.work) or self.hidden.get(placed.work)
+            work = self.known(placed.work)
             if work is None:
                 continue
             work.placing = False
@@ -1328,12 +1439,13 @@ class Engine:
                 self._place_failed(work, placed.error, now)
                 continue
             work.placed, work.failed_to_place = True, ""
-            work.host, work.port = placed.host, placed.port
+            work.host, work.port, work.master_port = placed.host, placed.port, placed.master_port
             if work.live:
                 self._resend(work, None, now)
-            self._advance(work, now)
+            self._advance(work.main or work, now)
 
     def _place_failed(self, work: KnownWork, message: str, now: float, reason: Reason = Reason.EXCEPTION) -> None:
+        work = work.main or work
         for waiting in [*work.book.queue, *([work.book.current] if work.book.current else [])]:
             call = work.book.calls[waiting]
             self._end(work, call.move(Stage.FAILED, reason=reason, message=message, finished_at=now, due=None))
@@ -1344,7 +1456,7 @@ class Engine:
         for name, reply in zip(event.works, event.replies, strict=True):
             if reply.accepted:
                 continue
-            work = self.works.get(name) or self.hidden.get(name)
+            work = self.known(name)
             if work is not None:
                 self._ended(
                     work,
@@ -1388,9 +1500,9 @@ class Engine:
             return  # a new agent elsewhere is the end of whatever runs here: only when every lease is over
         if not overdue or not self._alive or not self._may_act(agent, event):
             return
+        self._replace(agent)
         for work in overdue:
             self._give_up(work, now)
-        self._replace(agent)
 
     def _heard(self, agent: KnownAgent) -> None:
         said = self.contacts.heard(agent.name)
@@ -1415,20 +1527,8 @@ class Engine:
     def _give_up(self, work: KnownWork, now: float) -> None:
         """Its lease is over: whatever the script was doing, it has ended."""
         assert work.book.current is not None
-        call = work.book.calls[work.book.current].replace(finished_at=now)
         why = f"no contact with agent {work.agent} for {work.spec.lost_after:g} s"
-        work.live = False
-        self._be_ready(work, False, now)
-        self._durable = self._close_burst = True
-        if work.stopping:
-            self._end(work, call.move(Stage.STOPPED, reason=Reason(work.stopping), message=why))
-        elif work.spec.on_lost == "restart":
-            self._start_again(work, call, why, now)
-        else:
-            self._end(work, call.move(Stage.FAILED, reason=Reason.LOST, message=why))
-            if work.spec.raise_exception:
-                self._fail_app(f"{work.spec.name} failed: {why}", now)
-        self._touch(work)
+        self._lost(work, work.book.calls[work.book.current], why, now, cut=True)
         self._wake()
 
     def _replace(self, agent: KnownAgent) -> None:
@@ -1492,7 +1592,7 @@ class Engine:
         """The app begins: place what starts with it, and ask for the first pass."""
         for work in self._all():
             self._touch(work)
-        for work in self.works.values():
+        for work in [*self.works.values(), *self.parts.values()]:
             if work.spec.start_with_flow or work.book.current is not None or work.book.queue:
                 self._place(work)
         for key, schedule in self.schedules.items():
@@ -1570,12 +1670,14 @@ class Engine:
             call = msgspec.convert(value, Call)
             if call.work in self.works and number_of(call.id) > self.works[call.work].spec.used:
                 calls.setdefault(call.work, []).append(call)
+            elif call.work in self.parts:
+                calls.setdefault(call.work, []).append(call)
             elif call.work.startswith("_") and not clean:
                 calls.setdefault(call.work, []).append(call)
         for name, book_calls in calls.items():
             kept = facts.get("work", {}).get(name) or {}
-            if name in self.works:
-                self._restore_work(self.works[name], book_calls, kept, clean=clean)
+            if name in self.works or name in self.parts:
+                self._restore_work(self.works.get(name) or self.parts[name], book_calls, kept, clean=clean)
             else:
                 self._kept_pages[name] = (book_calls, kept)  # the layout declares it again in the first pass
         for name, value in facts.get("agent", {}).items():
@@ -1601,6 +1703,12 @@ class Engine:
         work.stopping = kept.get("stopping", "") if work.live else ""
         work.since = kept.get("since")
         work.deaths = kept.get("deaths", 0)
+        if work.live:
+            work.part_failure, work.waiting_end = (
+                msgspec.convert(item, Ended) if (item := kept.get(name)) else None
+                for name in ("part_failure", "waiting_end")
+            )
+        work.master_port = kept.get("master_port", 0)
         work.sent_epoch = kept.get("sent_epoch", 0)
         work.num_successes = kept.get("num_successes", 0)
         work.num_timeouts = kept.get("num_timeouts", 0)
@@ -1641,6 +1749,13 @@ class Engine:
             for work in self.works.values()
             if work.agent == agent
         }
+
+
+def _reason_of(item: Ended) -> Reason | None:
+    """None: success."""
+    if item.reason is None:
+        return None
+    return Reason(item.reason) if item.reason in Reason._value2member_map_ else Reason.EXCEPTION
 
 
 def _dotted(component: tuple[str, ...]) -> list[str]:

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 from orch.calls import Book, Call, Stage
-from orch.wire import ItemResult
+from orch.wire import Ended, ItemResult
 from orch.work import Status, WorkSpec, WorkView
 
 __all__ = ["KnownAgent", "KnownWork"]
@@ -34,6 +34,15 @@ class KnownWork:
         """The incarnation of the agent to which it was handed."""
         self.release_at: float | None = None
         """It has finished: when its place is given back."""
+        self.main: KnownWork | None = None
+        """The Work that this is a further machine of, and the further machines of this one."""
+        self.parts: list[KnownWork] = []
+        self.master_port = 0
+        """Free on its machine when it was placed: where the scripts of its parts may meet."""
+        self.part_failure: Ended | None = None
+        """How the first of its parts has failed in this attempt."""
+        self.waiting_end: Ended | None = None
+        """Its own script has ended well; those of its parts have not yet."""
         self.ready = False
         self.ready_at: float | None = None
         self.stopping: str = ""

@@ -655,6 +655,8 @@ class Service:
                 )
                 if not instruction.hidden:
                     self.console.work(instruction.work, instruction.stage, self.redacted(instruction.detail))
+                elif "~" in instruction.work:
+                    pass  # the Work itself tells of its further machines
                 elif instruction.stage == "failed" or (instruction.stage == "pending" and instruction.detail):
                     page, detail = instruction.work.removeprefix("_"), self.redacted(instruction.detail)
                     self.console.warn(f"page {page}: {detail}; `orch logs _{page}` tells more")
@@ -976,7 +978,7 @@ class Service:
         return showable(found, self._earlier_secrets)
 
     def _tail_of(self, name: str) -> list[str]:
-        work = self.engine.works.get(name) or self.engine.hidden.get(name)
+        work = self.engine.known(name)
         call = work.book.shown if work is not None else None
         if call is None:
             return []
@@ -1108,7 +1110,7 @@ class Service:
     def _catch_up(self, name: str) -> None:
         """A work has come to another stage: what its script said before that comes first. A script that was started by
         an earlier server is followed from now on."""
-        work = self.engine.works.get(name) or self.engine.hidden.get(name)
+        work = self.engine.known(name)
         call = work.book.shown if work is not None else None
         if call is None:
             return
@@ -1127,12 +1129,12 @@ class Service:
             self._read_log(tail)
 
     def _read_log(self, tail: LogTail) -> None:
-        work, call = self.engine.works.get(tail.work) or self.engine.hidden.get(tail.work), tail.call
+        work, call = self.engine.known(tail.work), tail.call
         over = work is None or work.book.calls.get(call) is None or work.book.calls[call].done
         for offset, lines in tail.read(final=over):
             shown = [self.redacted(line) for line in lines]
             self._publish("log", {"work": tail.work, "call": call, "file": tail.name, "offset": offset, "lines": shown})
-            if work is None or not work.spec.hidden:
+            if work is None or not work.spec.hidden or work.main is not None:
                 for line in shown:
                     self.console.log(tail.work, line)
         if over:

@@ -149,6 +149,8 @@ class Place(Message, frozen=True, kw_only=True):
     port: int | None = None
     python: bool = False
     """A Python Work: warm the fork server now."""
+    master: bool = False
+    """The scripts of several machines meet here: another free port is wanted."""
     drives: list[str] = msgspec.field(default_factory=list)
     """Ids of the Drives that it is declared to write to: older incarnations are shut out of them at once."""
 
@@ -157,6 +159,7 @@ class Placed(Message, frozen=True, kw_only=True):
     work: str
     host: str = ""
     port: int = 0
+    master_port: int = 0
     error: str = ""
 
 

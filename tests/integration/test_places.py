@@ -296,3 +296,113 @@ def test_an_app_whose_disk_is_lost_goes_on_from_the_copy_of_its_journal(tmp_path
     app.until("trainer", "succeeded")
     app.interrupt()
     kill_all(app.processes())  # what only the lost disk knew
+
+
+GANG = """
+from orch import App, CloudCompute, Flow, ScriptWork
+
+
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        self.want = []
+        self.sums = ScriptWork(
+            "ranks.py", parallel=True, raise_exception=False, outputs=["sum.txt"], grace=2.0, cache_calls=False,
+            cloud_compute=CloudCompute(count=2), retries=1, retry_delay=0.1)
+
+    def run(self):
+        for words in self.want:
+            self.sums.run(words)
+
+
+app = App(Root())
+"""
+RANKS = """
+import os, pathlib, socket, sys, time
+rank, count = int(os.environ["NODE_RANK"]), int(os.environ["NUM_NODES"])
+here = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+print("rank", rank, "of", count, flush=True)
+if rank:
+    for _ in range(500):
+        try:
+            link = socket.create_connection(here)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.02)
+    link.sendall(b"41")
+    link.close()
+else:
+    with socket.create_server(here) as server:
+        link, _ = server.accept()
+        number = int(link.recv(10)) + 1
+    pathlib.Path("sum.txt").write_text(str(number))
+    print("sum", number, flush=True)
+if "fail" in sys.argv and rank == 1 and os.environ["ORCH_CALL"].endswith("-1"):
+    raise SystemExit(5)
+if sys.argv[1:] and sys.argv[1] != "quick":
+    while not pathlib.Path(os.environ["TEST_GO"], sys.argv[1]).exists():
+        time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def gang(tmp_path: Path) -> Iterator[PlacesApp]:
+    folder = tmp_path / "app"
+    folder.mkdir()
+    (tmp_path / "go").mkdir()
+    (folder / "app.py").write_text(GANG)
+    (folder / "ranks.py").write_text(RANKS)
+    app = PlacesApp(folder, env={"TEST_GO": str(tmp_path / "go")})
+    yield app
+    assert app.close() == ""
+
+
+def test_a_work_on_two_machines_starts_on_both_and_ends_when_both_have(gang: PlacesApp) -> None:
+    gang.start()
+    gang.set("/vars/want", ["quick"])
+    gang.until("sums", "succeeded")
+    assert "rank 0 of 2" in gang.log("sums") and "sum 42" in gang.log("sums")
+    assert "rank 1 of 2" in gang.log("sums~1")
+    assert set(gang.places()) == {"sums", "sums~1"}
+    assert gang.work("sums")["status"]["files"][0]["path"] == "sum.txt"
+
+
+def test_a_machine_that_fails_stops_the_others_and_the_retry_starts_all(gang: PlacesApp) -> None:
+    gang.start()
+    gang.set("/vars/want", ["go fail"])
+    wait_until(lambda: gang.work("sums")["attempt"] == 2 and gang.stage("sums") == "running", 30)
+    gang.go("go")
+    done = gang.until("sums", "succeeded")
+    assert done["attempt"] == 2
+    assert gang.log("sums").count("sum 42") == 2
+
+
+def test_a_machine_that_is_lost_ends_the_attempt(gang: PlacesApp) -> None:
+    gang.start()
+    gang.set("/vars/want", ["go"])
+    wait_until(lambda: "sum 42" in gang.log("sums"), 30)
+    os.kill(int(str(gang.places()["sums~1"]["place_pid"])), signal.SIGKILL)
+    wait_until(lambda: gang.work("sums")["attempt"] == 2 and gang.stage("sums") == "running", 30)
+    gang.go("go")
+    gang.until("sums", "succeeded")
+
+
+def test_the_end_of_one_machine_is_not_forgotten_with_the_server(gang: PlacesApp) -> None:
+    gang.start()
+    gang.set("/vars/want", ["go"])
+    wait_until(lambda: "sum 42" in gang.log("sums"), 30)
+    gang.kill()
+    gang.go("go")
+    wait_until(lambda: all(_record(place, "exit") for place in gang.places().values()), what="both have ended")
+    gang.start()
+    done = gang.until("sums", "succeeded")
+    assert done["attempt"] == 1
+
+
+def test_a_stop_stops_all_machines(gang: PlacesApp) -> None:
+    gang.start()
+    gang.set("/vars/want", ["go"])
+    wait_until(lambda: "sum 42" in gang.log("sums"), 30)
+    gang.post("/works/sums/stop")
+    gang.until("sums", "stopped")
+    gang.until("sums~1", "stopped")

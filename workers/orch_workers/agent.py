@@ -437,7 +437,8 @@ class Agent:
                 self._vars_changed(work)
             self._placed_since(work, place.rev)
             self._fence_off(work)
-            answers.append(Placed(work=work.name, host=work.host, port=work.port))
+            meeting = places.free_port({work.port, self.port}) if place.master else 0
+            answers.append(Placed(work=work.name, host=work.host, port=work.port, master_port=meeting))
             if place.python and self._warming is None:
                 self._warming = self._spawn(self._warm())
         try:
