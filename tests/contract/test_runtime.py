@@ -12,19 +12,18 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fake_flow import alive
+from place_peer import LONG, NO_FLOW, Peer, parent, until
 from raycluster import RayCluster
 
 from orch.errors import RuntimeLost
 from orch.runtimes.base import AgentDied, Handle, Runtime
 from orch.runtimes.local import LocalRuntime
 from orch.runtimes.ray import RayRuntime
-from orch.wire import AgentSpec, Attach, Place, StartCall, encode
+from orch.wire import AgentSpec
 
 TOKEN = "the-token-of-this-agent"
-LONG = 60.0
 
 
 class House:
@@ -56,7 +55,7 @@ class House:
             "work": "trainer",
             "epoch": epoch,
             "token": TOKEN,
-            "flow_url": "http://127.0.0.1:9",
+            "flow_url": NO_FLOW,
             "app_dir": str(self.app),
             "orch_dir": str(self.orch),
             "app_id": self.app_id,
@@ -118,55 +117,6 @@ async def runtime(house: House) -> AsyncIterator[Runtime]:
     await asyncio.get_running_loop().shutdown_default_executor()  # its threads are the loop's, not a leak
 
 
-async def until(what: Any, timeout: float = LONG) -> Any:
-    """The first true answer of an asynchronous question."""
-    async with asyncio.timeout(timeout):
-        while not (answer := await what()):
-            await asyncio.sleep(0.01)
-    return answer
-
-
-class Peer:
-    """The flow's side of one agent, as far as needed."""
-
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        self.http = httpx.AsyncClient(
-            base_url=handle["url"], headers={"Authorization": f"Bearer {TOKEN}"}, timeout=10, trust_env=False
-        )
-
-    async def __aenter__(self) -> Peer:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.http.aclose()
-
-    async def ask(self, path: str, body: Any = None) -> Any:
-        answer = await (self.http.post(path, content=encode(body)) if body is not None else self.http.get(path))
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    async def attach(self) -> Any:
-        return await self.ask("/v1/attach", Attach(flow_url="http://127.0.0.1:9", epoch=self.handle["epoch"]))
-
-    async def script(self, *argv: str, **fields: Any) -> int:
-        """Starts a script as the work's first call; its pid."""
-        await self.attach()
-        await self.ask("/v1/place", [Place(work="trainer", token="of-the-work", rev=1, vars={})])
-        call = {"work": "trainer", "call": "1-trainer-1", "attempt": 1, "kind": "script", **fields}
-        await self.ask("/v1/start", [StartCall(command=list(argv), **call)])
-
-        async def pid() -> Any:
-            work = await self.work()
-            assert work["stage"] != "ended", work
-            return work["stage"] == "running" and work["pid"]
-
-        return int(await until(pid))
-
-    async def work(self) -> Any:
-        return (await self.ask("/v1/status"))["works"][0]
-
-
 async def why(runtime: Runtime, handle: Handle) -> str:
     """Waits until the runtime knows that the agent has ended."""
     return str(await until(lambda: runtime.poll(handle)))
@@ -217,7 +167,7 @@ async def test_the_next_incarnation_adopts_the_scripts_of_the_one_before(runtime
     first = await runtime.launch(house.spec())
     async with Peer(first) as peer:
         script = await peer.script("sleep", "600")
-        waiter = int(Path(f"/proc/{script}/stat").read_text().rpartition(")")[2].split()[1])
+        waiter = parent(script)
     os.kill(first["pid"], signal.SIGKILL)
     await why(runtime, first)
     second = await runtime.launch(house.spec(2, port=first["port"]))

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,11 @@ class Node:
 
     def __init__(self, cluster: RayCluster, *options: str, env: dict[str, str] | None = None, python: str = "") -> None:
         self.log = cluster.folder / f"node{len(cluster.nodes)}.log"
-        ray = Path(python or sys.executable).with_name("ray")
-        command = [str(ray), "start", "--block", "--disable-usage-stats", "--object-store-memory=80000000", *options]
+        ray = [python or sys.executable, "-m", "ray.scripts.scripts"]
+        command = [*ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=80000000", *options]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [python or sys.executable, *command],
+                command,
                 cwd=cluster.folder,
                 env={**cluster.env, **(env or {})},
                 stdin=subprocess.DEVNULL,
@@ -57,15 +56,6 @@ class Node:
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
-        kill_all(processes)
-        self.process.wait()
-
-    def stop(self) -> None:
-        processes = self.processes()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
         kill_all(processes)
         self.process.wait()
 
@@ -122,6 +112,17 @@ class RayCluster:
             env=env,
         )
 
+    def alive(self) -> int:
+        """How many machines Ray believes to be alive."""
+        code = (
+            "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='ERROR');"
+            "print('alive', sum(node['Alive'] for node in ray.nodes()))"
+        )
+        command = [sys.executable, "-c", code, self.address]
+        answer = subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, check=True)
+        (line,) = [line for line in answer.stdout.splitlines() if line.startswith("alive ")]  # Ray says more, at will
+        return int(line.split()[1])
+
     def said(self, word: str) -> list[Path]:
         """Every file of Ray's own in which that word stands: logs, records, packages."""
         found = []
@@ -142,7 +143,7 @@ class RayCluster:
 
     def close(self) -> None:
         for node in reversed(self.nodes):
-            node.stop()
+            node.power_off()
         kill_all(self.places())
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from orch.runtimes.pack import pack
 from orch.runtimes.ray_place import APP_FOLDER
 from orch.wire import AgentSpec
 from orch_drive.crash import crash_point
+from orch_drive.drafts import process_exists
 
 __all__ = ["RayRuntime"]
 
@@ -41,12 +43,13 @@ NAMESPACE = "orch"
 ERRORS: dict[str, type[RuntimeLost]] = {"died": AgentDied, "infeasible": Infeasible, "build_failed": BuildFailed}
 CONNECT = 60.0
 """Seconds in which the driver must be connected, the upload of the app's folder included it is more."""
-ANSWER = 20.0
+ANSWER = 15.0
 """Seconds for an answer that asks the cluster."""
+SIGN_OF_LIFE = 3.0
 FIRST_LOOK = 5.0
 KILL_WAIT = 10.0
 FAREWELL = 5.0
-PAUSE = 2.0
+PAUSE, LONGEST_PAUSE = 2.0, 15.0
 """Seconds between attempts to reach a cluster that has gone."""
 
 
@@ -92,7 +95,7 @@ class RayRuntime:
         self._app_dir = app_dir
         self._app_id = app_id
         self._machine_of = machine_of
-        self._package = run_dir / f"app-{os.getpid()}.zip"
+        self._package = run_dir / f"app-{secrets.token_hex(4)}-{os.getpid()}.zip"
         self._driver = _Driver(
             log_dir / "ray.log",
             {
@@ -118,7 +121,7 @@ class RayRuntime:
     async def launch(self, spec: AgentSpec) -> Handle:
         name = self._actor(spec.agent)
         build = self._environment(spec)
-        request = {
+        request: dict[str, Any] = {
             "name": name,
             "spec": msgspec.to_builtins(spec),
             "machine": self._machine_of(spec.compute) if self._machine_of is not None else "",
@@ -134,7 +137,7 @@ class RayRuntime:
                     found = await self._driver.ask("launch", None, **request)
                     break
                 except _Gone as error:
-                    if not self._driver.connected_once:
+                    if not self._driver.lost:
                         raise RuntimeLost(str(error)) from None
                     self.waiting[spec.agent] = str(error)
                     await asyncio.sleep(PAUSE)
@@ -192,7 +195,7 @@ class RayRuntime:
 
     async def reachable(self) -> bool:
         try:
-            return bool(await self._driver.ask("reach", ANSWER))
+            return bool(await self._driver.ask("reach", SIGN_OF_LIFE))
         except (_Gone, TimeoutError, RuntimeLost):
             return False
 
@@ -270,13 +273,16 @@ class RayRuntime:
 
     def _prepare(self) -> dict[str, Any]:
         """What the driver is to upload. In a thread. A folder that cannot be sent keeps nobody from adopting."""
-        if not self._package.exists():
+        if not self._package.exists() and self._unpackable is None:
+            for old in self._run.glob("app-*.zip"):
+                if not process_exists(int(old.stem.rpartition("-")[2])):
+                    old.unlink(missing_ok=True)
             try:
                 pack(self._app_dir, self._package, APP_FOLDER)
             except OrchError as error:
                 self._unpackable = error
-                return {"package": None, "modules": [], "packages": []}
-        return {"package": str(self._package), "modules": _own_folders(), "packages": _own_needs()}
+        package = str(self._package) if self._unpackable is None else None
+        return {"package": package, "modules": _own_folders(), "packages": _own_needs()}
 
     def _environment(self, spec: AgentSpec) -> dict[str, Any] | None:
         """The BuildConfig as Ray's runtime environment. Raises BuildFailed."""
@@ -351,7 +357,8 @@ class _Driver:
         on_event: Callable[[dict[str, Any]], None],
         on_ready: Callable[[], None],
     ) -> None:
-        self.connected_once = False
+        self.lost = False
+        """It was connected and is not, because the cluster's head has gone; it is being tried again."""
         self._log = log_file
         self._config = config
         self._prepare = prepare
@@ -370,6 +377,8 @@ class _Driver:
         """Returns once it is connected to the cluster. Raises _Gone."""
         if self._closed:
             raise _Gone("the runtime is closed")
+        if self.lost:
+            raise _Gone("the head of the Ray cluster has gone")
         if self._writer is not None:
             return
         if self._starting is None or self._starting.done():
@@ -424,6 +433,7 @@ class _Driver:
     async def _start(self) -> None:
         if self._process is not None:
             await asyncio.to_thread(self._process.wait)
+        await self._knock()
         config = {**self._config, **await asyncio.to_thread(self._prepare)}
         ours, theirs = socket.socketpair()
         with theirs:
@@ -449,9 +459,22 @@ class _Driver:
                 process.kill()
                 process.wait()
         self._writer = writer
-        self.connected_once = True
+        self.lost = False
         self._reading = asyncio.create_task(self._read(reader, writer), name="ray driver answers")
         self._on_ready()
+
+    async def _knock(self) -> None:
+        """Ray itself takes half a minute, and half a second of computing, to say that nobody is there."""
+        host, _, port = self._config["address"].rpartition(":")
+        if not host or not port.isdigit() or "//" in host:
+            return
+        try:
+            async with asyncio.timeout(SIGN_OF_LIFE):
+                _, writer = await asyncio.open_connection(host, int(port))
+        except (OSError, TimeoutError) as error:
+            why = getattr(error, "strerror", None) or "no answer"
+            raise _Gone(f"no Ray cluster at {self._config['address']}: {why}") from None
+        writer.close()
 
     def _spawn(self, control: socket.socket) -> subprocess.Popen[bytes]:
         with os.fdopen(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
@@ -471,14 +494,18 @@ class _Driver:
         finally:
             writer.close()
         self._writer = None
-        log.warning("the connection to the Ray cluster is lost: its head does not answer")
+        self.lost = True
+        log.warning("the head of the Ray cluster has gone: agents are asked themselves, none can be placed or ended")
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_exception(_Gone("the Ray cluster's head has gone"))
-        while self._writer is None:
-            await asyncio.sleep(PAUSE)
+                answer.set_exception(_Gone("the head of the Ray cluster has gone"))
+        pause = PAUSE
+        while self.lost:
+            await asyncio.sleep(pause)
+            pause = min(LONGEST_PAUSE, pause * 2)
             with contextlib.suppress(_Gone):
-                await self.start()
+                await self._start()
+        log.warning("the Ray cluster answers again")
 
     def _take(self, message: dict[str, Any]) -> None:
         if "id" not in message:

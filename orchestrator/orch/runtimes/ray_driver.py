@@ -120,7 +120,15 @@ class Driver:
             if task is not None:
                 task.cancel()
             return
-        self.requests[request["id"]] = asyncio.create_task(self._answer(request))
+        self.requests[request["id"]] = asyncio.create_task(self._answer(request), name=request["do"])
+
+    async def finish(self) -> None:
+        """Nobody asks any more: what was asked is done, but nobody would know of what is launched."""
+        for task in self.requests.values():
+            if task.get_name() == "launch":
+                task.cancel()
+        if self.requests:
+            await asyncio.wait(self.requests.values(), timeout=ANSWER)
 
     async def _answer(self, request: dict[str, Any]) -> None:
         answer: dict[str, Any] = {"id": request["id"]}
@@ -359,7 +367,7 @@ async def serve(control: socket.socket) -> None:
     send({"ready": True})
     while line := await reader.readline():
         driver.take(json.loads(line))
-    await asyncio.wait([*driver.requests.values(), asyncio.create_task(asyncio.sleep(0))], timeout=ANSWER)
+    await driver.finish()
 
 
 def main() -> int:
