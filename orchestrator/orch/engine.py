@@ -531,6 +531,9 @@ class Engine:
                 self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
                 return
             results.append(self._item(item, seq, now, push.agent))
+            if agent.epoch != push.epoch:  # released by what it has just said
+                self._answer(event, PushReply(acked=push.seq + len(push.items) - 1))
+                return
             agent.acked = seq
             agent.said.append((agent.epoch, results[-1]))
         if push.items:
@@ -673,6 +676,8 @@ class Engine:
         if call is None or call.done or (call.stage is Stage.PENDING and call.due is not None):
             return
         if work.main is not None:
+            if item.reason == Reason.SPOT_RECLAIMED and work.placed:
+                self._release(work)
             self._part_ended(work, call, item, now)
             self._maybe_exit(now)
             return
@@ -725,6 +730,8 @@ class Engine:
                 logged = work.spec.name if item.exit_code is not None or not item.traceback else ""
                 where = f"\n{item.traceback}" if item.traceback else ""
                 self._fail_app(f"{work.spec.name} failed: {item.message or reason}{where}", now, logged, failed.message)
+        if reason is Reason.SPOT_RECLAIMED and self._apart(work) and work.placed:
+            self._release(work)  # the next attempt is placed elsewhere
         self._advance(work, now)
         self._maybe_exit(now)
 

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -296,6 +298,50 @@ def test_an_app_whose_disk_is_lost_goes_on_from_the_copy_of_its_journal(tmp_path
     app.until("trainer", "succeeded")
     app.interrupt()
     kill_all(app.processes())  # what only the lost disk knew
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """Of an EC2 machine: `notice` says whether it is taken away."""
+
+    notice = b""
+
+    def do_PUT(self) -> None:
+        self._say(b"a-token")
+
+    def do_GET(self) -> None:
+        given = self.headers.get("X-aws-ec2-metadata-token") == "a-token"
+        self._say(self.notice if given and self.path == "/latest/meta-data/spot/instance-action" else b"")
+
+    def _say(self, body: bytes) -> None:
+        self.send_response(200 if body else 404)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_spot_machine_that_is_taken_away_is_followed_by_another(app: PlacesApp) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        app.env["AWS_EC2_METADATA_SERVICE_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        text = (app.folder / "app.py").read_text()
+        spot = "retries=1, retry_delay=0.1, cloud_compute=CloudCompute(interruptible=True))"
+        (app.folder / "app.py").write_text(text.replace("retries=1, retry_delay=0.1)", spot))
+        app.start()
+        app.set("/vars/want", ["again"])
+        app.until("again", "running")
+        first = app.places()["again"]
+        Metadata.notice = b'{"action": "terminate", "time": "2026-01-01T00:02:00Z"}'
+        wait_until(lambda: "EC2 will terminate this spot machine" in app.output(), 30)
+        Metadata.notice = b""
+        wait_until(lambda: app.work("again")["attempt"] == 2 and app.stage("again") == "running", 30)
+        assert app.places()["again"]["machine"] != first["machine"]
+        app.go("again")
+        app.until("again", "succeeded")
+        server.shutdown()
+    finally:
+        server.server_close()
 
 
 GANG = """

@@ -58,6 +58,7 @@ from orch_workers.outputs import FileTransfer, drives_of
 from orch_workers.placeholders import command_line, fill, script_word
 from orch_workers.process import ExitRecord, Process, ProcessSpec, Spawner, SpawnError
 from orch_workers.progress import ProgressParser
+from orch_workers.reclaim import await_reclaim
 from orch_workers.records import KEPT_ATTEMPTS, AttemptRecord, PlaceRecord, Records, key_of, order_of
 from orch_workers.waiter import die_with, steady
 
@@ -205,6 +206,8 @@ class Agent:
         self._attach = 0
         """The number of the last one."""
         self._shutting_down = False
+        self._reclaimed = ""
+        """That this machine is going to be taken away."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -219,6 +222,7 @@ class Agent:
             self._tick_loop(),
             self._heartbeat(),
             self._orphan_guard(),
+            self._reclaim_guard(),
         ):
             self._spawn(work)
         try:
@@ -314,6 +318,16 @@ class Agent:
                 return
         log.warning("no contact with the flow for %.0f s: stopping all scripts (orphan guard)", limit)
         await self.shutdown(kill=False, reason="orphaned")
+
+    async def _reclaim_guard(self) -> None:
+        """A spot machine that is taken away: its scripts have two minutes in which to save what they have."""
+        if not self.spec.compute.get("interruptible"):
+            return
+        self._reclaimed = await await_reclaim()
+        log.warning("%s: stopping all scripts", self._reclaimed)
+        for attempt in list(self.attempts.values()):
+            if not attempt.over.is_set():
+                self._stop_attempt(attempt, "spot_reclaimed", attempt.start.grace)
 
     # -- contact with the flow ----------------------------------------------------------------------------------------
 
@@ -455,6 +469,8 @@ class Agent:
         leaves: its successor will be asked."""
         if self._shutting_down:
             raise RuntimeLost("the agent is shutting down")
+        if self._reclaimed:
+            raise RuntimeLost(self._reclaimed)
         replies = []
         for start in asked:
             error = self._accept(start)
@@ -969,7 +985,9 @@ class Agent:
             self.receive(work, outcome.session, outcome.unsent)
         cut = ""
         if exited.cut:
-            cut = f"the flow could not be reached for {start.lease:g} s: stopped, its lease had run out"
+            cut = "its place has ended: stopped"
+            if start.lease is not None:
+                cut = f"the flow could not be reached for {start.lease:g} s: stopped, its lease had run out"
         elif exited.stopped or exited.lost:
             cut = self._cut(attempt)
         if cut:
@@ -978,6 +996,8 @@ class Agent:
         elif attempt.record.stopping and (exited.stopped or exited.lost):
             reason = attempt.record.stopping
             message = f"timeout after {start.timeout:g} s" if reason == "timeout" and start.timeout else ""
+            if reason == "spot_reclaimed":
+                message = self._reclaimed or "the spot machine is taken away"
         elif exited.lost:
             reason, message = "lost", "the process is gone and left no exit code"
         elif exited.error:

@@ -68,8 +68,8 @@ class AttemptRecord(Message, frozen=True, kw_only=True, omit_defaults=True):
     start: StartCall
     """Without its secrets."""
     stopping: str = ""
-    """Why it is being stopped: stopped, replaced, timeout, lost (the flow has given it up); orphaned or fenced if the
-    agent has decided it."""
+    """Why it is being stopped: stopped, replaced, timeout, lost (the flow has given it up); orphaned, fenced or
+    spot_reclaimed if the agent has decided it."""
     told: Progress | None = None
     """What the script has reported of itself; with the end, all that was told of it."""
     published: list[Published] = msgspec.field(default_factory=list)
