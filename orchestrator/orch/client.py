@@ -245,7 +245,10 @@ class Client:
                     moved(len(data))
 
         if source.is_dir():
-            rows = ((name, os.access(file, os.X_OK), lambda file=file: file.open("rb")) for name, file in files)
+            rows = (
+                (name, os.access(file, os.X_OK), file.stat().st_mtime, lambda file=file: file.open("rb"))
+                for name, file in files
+            )
             content, params = zipped(rows, compress=False, moved=moved), {"zip": True, "sync": sync or None}
         else:
             content, params = pieces(), {}

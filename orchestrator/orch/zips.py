@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -41,17 +43,17 @@ class _Sink:
 
 
 def zipped(
-    files: Iterable[tuple[str, bool, Callable[[], BinaryIO]]],
+    files: Iterable[tuple[str, bool, float, Callable[[], BinaryIO]]],
     *,
     compress: bool,
     moved: Callable[[int], None] = lambda count: None,
 ) -> Iterator[bytes]:
-    """The zip file of these (name, executable, what opens it), in pieces. `moved` is told of their bytes."""
+    """The zip file of these (name, executable, time, what opens it), in pieces. `moved` is told of their bytes."""
     sink = _Sink()
     method = zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED
     with zipfile.ZipFile(sink, "w", method) as archive:
-        for name, executable, opened in files:
-            info = zipfile.ZipInfo(name)
+        for name, executable, at, opened in files:
+            info = zipfile.ZipInfo(name, _date(at))
             info.compress_type = method
             info.external_attr = (stat.S_IFREG | (0o755 if executable else 0o644)) << 16
             with opened() as source, archive.open(info, "w", force_zip64=True) as target:
@@ -60,6 +62,12 @@ def zipped(
                     moved(len(data))
                     yield sink.take()
     yield sink.take()
+
+
+def _date(at: float) -> tuple[int, int, int, int, int, int]:
+    """The time of day, as zip files say it: there are none before 1980 and after 2107."""
+    local = time.localtime(min(max(at, 315_619_200), 4_354_732_800))
+    return local.tm_year, local.tm_mon, local.tm_mday, local.tm_hour, local.tm_min, local.tm_sec
 
 
 def unzip(archive: Path, folder: Path, check: Callable[[bytes], None]) -> None:
@@ -89,6 +97,8 @@ def unzip(archive: Path, folder: Path, check: Callable[[bytes], None]) -> None:
                         out.write(data)
                 if mode & 0o100:
                     target.chmod(0o755)
+                at = time.mktime((*info.date_time, 0, 0, -1))
+                os.utime(target, (at, at))
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
         raise DriveConflict(f"the zip file holds {name!r} twice, or names that are one on this disk") from None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:

@@ -182,11 +182,12 @@ def s3(folder: Path, rounds: int) -> list[dict[str, Any]]:
 
 
 SPARSE = """
-import resource, sys
+import sys
 from pathlib import Path
 from orch_drive import DriveStore
 DriveStore(sys.argv[1], "app").publish("t", "sparse", Path(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# not ru_maxrss, which is inherited from the process that has started this one
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)
 """
 
 

@@ -168,6 +168,9 @@ def test_an_app_from_start_to_end(cli: Cli, tmp_path: Path) -> None:
     files = cli.json("drive", "ls")
     assert [(file["path"], file["component"]) for file in files] == [("out/n.txt", "once")]
     assert cli("drive", "put", "once.py", "code/x.py")[0] == "code/x.py: published as version 1\n"
+    for place, path in ((".", "once.py"), ("tmp/", "tmp/once.py")):
+        assert cli("drive", "put", "once.py", place)[0] == f"{path}: published as version 1\n"
+        cli("drive", "rm", path)
     assert [file["path"] for file in cli.json("drive", "ls", "**/*.py")] == ["code/x.py"]
     assert cli("drive", "get", "code/x.py", "got.py")[0].startswith("got.py: version 1, 1 of 1 files")
     assert (cli.folder / "got.py").read_text() == (cli.folder / "once.py").read_text()

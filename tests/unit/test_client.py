@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
+import os
 import subprocess
 import sys
+import time
+import zipfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -167,10 +171,16 @@ async def test_drive(client: Client, tmp_path: Path) -> None:
     (tmp_path / "more/sub/y").write_bytes(b"y" * 600_000)
     (tmp_path / "more/run.sh").write_bytes(b"#!")
     (tmp_path / "more/run.sh").chmod(0o755)
+    for at, name in ((10**9, "run.sh"), (0, "sub/y")):
+        os.utime(tmp_path / "more" / name, (at, at))
     told: list[tuple[int, int]] = []
     done = await call(client.drive_put, "app", "more", tmp_path / "more", progress=lambda *step: told.append(step))
     assert (done["version"], done["files"]) == (1, 2) and told[-1] == (600_002, 600_002) and len(told) > 2
     assert [row["path"] for row in await call(client.drive_list, "app")] == ["more/run.sh", "more/sub/y"]
+    answer = await call(client._send, "GET", "/api/v1/drive/app/more", params={"zip": True})
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as got:
+        dates = {info.filename: info.date_time for info in got.infolist()}
+    assert dates == {"run.sh": time.localtime(10**9)[:6], "sub/y": (1980, 1, 2, 0, 0, 0)}
     (tmp_path / "more/run.sh").unlink()
     assert (await call(client.drive_put, "app", "more", tmp_path / "more", sync=True))["files"] == 1
 

@@ -272,7 +272,9 @@ def _bar(verb: str, args: argparse.Namespace) -> Iterator[Progress | None]:
 
 def put_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="FILE", help="a local file or folder")
-    parser.add_argument("path", nargs="?", metavar="PATH", help="its path on the Drive (default: its own name)")
+    parser.add_argument(
+        "path", nargs="?", metavar="PATH", help="its path on the Drive (default: its own name), or FOLDER/"
+    )
     parser.add_argument("--sync", action="store_true", help="of a folder: what it lacks is gone from the Drive too")
     parser.add_argument("--drive", default="app", metavar="ID", help="which Drive (default: the app's own)")
     read_arguments(parser)
@@ -287,7 +289,10 @@ def put(args: argparse.Namespace) -> int:
         raise UsageError(
             f"drive put: there is no {source}", hint="say a local file or folder, then its path on the Drive"
         )
-    path = check_path(args.path or source.absolute().name)
+    path = args.path or source.absolute().name
+    if source.is_file() and (path == "." or path.endswith("/")):
+        path = posixpath.join(path, source.name)
+    path = check_path(path)
     target = find_target(args.app)
     if target.url is not None:
         with target.client() as client, _bar("put", args) as progress:

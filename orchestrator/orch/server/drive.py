@@ -29,6 +29,7 @@ __all__ = ["UPLOADER", "router"]
 UPLOADER = "api"
 """The component under whose name uploads are published."""
 CHUNK = 256 * 1024
+WHOSE = "say whose with ?component=<name>"
 DRIVE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 BINARY: dict[str, Any] = {
     "requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
@@ -149,7 +150,8 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
 
 def _zip(store: DriveStore, manifest: Manifest) -> Iterator[bytes]:
     files = (
-        (entry.name, entry.executable, lambda name=entry.name: store.open(manifest, name)) for entry in manifest.entries
+        (entry.name, entry.executable, entry.mtime_ns / 1e9, lambda name=entry.name: store.open(manifest, name))
+        for entry in manifest.entries
     )
     return zipped(files, compress=True)
 
@@ -241,7 +243,10 @@ def _link(store: DriveStore, path: str, component: str | None, version: int | No
 def _resolve(
     store: DriveStore, index: ManifestIndex, path: str, component: str | None, version: int | None, partial: bool
 ) -> Manifest:
-    manifest = store.resolve(path, component=component, version=version, partial=partial)
+    try:
+        manifest = store.resolve(path, component=component, version=version, partial=partial)
+    except DriveAmbiguous as error:
+        raise DriveAmbiguous(error.message, hint=WHOSE) from error
     if manifest is None:
         raise index.missing(path, component)
     return manifest
@@ -294,9 +299,7 @@ def _delete(store: DriveStore, path: str, component: str | None) -> list[Manifes
     if component is None:
         owners = store.owners(path)
         if len(owners) > 1:
-            raise DriveAmbiguous(
-                f"{path!r} is published by {', '.join(owners)}", hint="say whose with ?component=<name>"
-            )
+            raise DriveAmbiguous(f"{path!r} is published by {', '.join(owners)}", hint=WHOSE)
         component = owners[0] if owners else UPLOADER
     return store.delete(component, path)
 
