@@ -44,8 +44,11 @@ PATIENCE = 60.0
 _LANES = 16
 _SMALL_FLIGHT = 32 << 20
 _PART = 16 << 20
-_PARTS = 3
-"""Parts of one file under way at once: with `_PART` this bounds what a large transfer holds in memory."""
+_PARTS = 4
+"""Parts of one upload under way at once: with `_PART` this bounds what it holds in memory."""
+_RANGE = 8 << 20
+_RANGES = 6
+"""The same of a download."""
 _MAX_PARTS = 10_000
 _PROBES = 8
 _SPOOL = 64 << 20
@@ -419,15 +422,15 @@ class S3Storage(Unlocked):
                 self.signature(key)
                 raise DriveCorrupt(f"{self.url}/{key} does not have {size} bytes")
             return
-        if end - start <= _PART:
+        if end - start <= _RANGE:
             yield get(start, end - start)
             return
         waiting: deque[Future[memoryview]] = deque()
-        with ThreadPoolExecutor(_PARTS, thread_name_prefix="orch-drive") as pool:
+        with ThreadPoolExecutor(_RANGES, thread_name_prefix="orch-drive") as pool:
             try:
-                for first in range(start, end, _PART):
-                    waiting.append(pool.submit(get, first, min(_PART, end - first)))
-                    if len(waiting) >= _PARTS:
+                for first in range(start, end, _RANGE):
+                    waiting.append(pool.submit(get, first, min(_RANGE, end - first)))
+                    if len(waiting) >= _RANGES:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
