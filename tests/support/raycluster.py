@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from testkit import free_port, kill_all, wait_until
+from testkit import kill_all, wait_until
+
+from orch_workers.places import free_port
 
 STARTED = "Ray runtime started"
 
@@ -24,7 +26,9 @@ class Node:
     def __init__(self, cluster: RayCluster, *options: str, env: dict[str, str] | None = None, python: str = "") -> None:
         self.log = cluster.folder / f"node{len(cluster.nodes)}.log"
         ray = [python or sys.executable, "-m", "ray.scripts.scripts"]
-        command = [*ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=80000000", *options]
+        command = [*ray, "start", "--block", "--disable-usage-stats", "--object-store-memory=80000000"]
+        # Else each machine takes the same ports of its own, which are then in the way of the next one's.
+        command += ["--min-worker-port=0", "--max-worker-port=0", *options]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
@@ -84,7 +88,7 @@ class RayCluster:
             "RAY_health_check_failure_threshold": "3",
             **env,
         }
-        self.port = free_port()
+        self.port = free_port(())
         self.address = f"127.0.0.1:{self.port}"
         self.nodes: list[Node] = []
 
@@ -96,7 +100,7 @@ class RayCluster:
             f"--port={self.port}",
             f"--num-cpus={cpus}",
             "--include-dashboard=false",
-            f"--ray-client-server-port={free_port()}",
+            f"--ray-client-server-port={free_port(())}",
             f"--temp-dir={self.folder}/t",
             *options,
             python=python,
