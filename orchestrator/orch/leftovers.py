@@ -6,6 +6,7 @@ their agent.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -40,6 +41,7 @@ def take_down(folder: AppFolder, say: Callable[[str], None], *, timeout: float =
         return
     ended = _end_server(folder, say, timeout)
     with _hold(folder):
+        ended += end_places(folder, say)
         ended += end_agents(folder, say, timeout=timeout)
         for _ in range(ROUNDS):
             ended += end_scripts(folder, say, grace=grace)
@@ -56,6 +58,26 @@ def _left(folder: AppFolder) -> list[str]:
         *(f"agent {path.stem}" for path, record in folder.agent_records() if _agent(record)),
         *(f"script {path.name.removesuffix('.run.json')}" for path, record in folder.run_records() if _script(record)),
     ]
+
+
+def end_places(folder: AppFolder, say: Callable[[str], None]) -> int:
+    """Give back what the app has on a Ray cluster: agents and scripts end with their places. How many there were.
+    Raises OrchError if the cluster cannot be reached."""
+    addresses = {str(record.get("address") or "auto") for _, record in folder.place_records()}
+    return sum(asyncio.run(_sweep(folder, address, say)) for address in addresses)
+
+
+async def _sweep(folder: AppFolder, address: str, say: Callable[[str], None]) -> int:
+    from orch.runtimes.ray import RayRuntime
+
+    runtime = RayRuntime(address, folder.run, folder.logs, folder.root, app_id=folder.app_id())
+    try:
+        lines = await runtime.sweep()
+    finally:
+        runtime.close()
+    for line in lines:
+        say(line)
+    return len(lines)
 
 
 def end_agents(folder: AppFolder, say: Callable[[str], None], *, timeout: float = 60.0) -> int:

@@ -333,6 +333,10 @@ class AppFolder:
         """`run/agent-*.json`: what is known of the agents that were started here."""
         return self._records("agent-*.json")
 
+    def place_records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """`run/ray-*.json`: the places that Works were given on a Ray cluster."""
+        return self._records("ray-*.json")
+
     def run_records(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """`run/processes/*.run.json`: the waiters that were started here, with their scripts."""
         return self._records("processes/*.run.json")

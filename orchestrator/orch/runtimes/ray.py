@@ -91,6 +91,7 @@ class RayRuntime:
                 f"the Ray runtime needs {' and '.join(missing)}, which is not installed",
                 hint="pip install 'orch[ray]', with the version of Ray that the cluster has",
             )
+        self._address = address
         self._run = run_dir
         self._app_dir = app_dir
         self._app_id = app_id
@@ -144,7 +145,7 @@ class RayRuntime:
         finally:
             self.waiting.pop(spec.agent, None)
         crash_point("flow.agent.spawned")
-        handle: Handle = {**found, "token": spec.token}
+        handle: Handle = {**found, "token": spec.token, "address": self._address}
         write_atomic(self._file(spec.agent), msgspec.json.encode(handle), mode=0o600)
         self._known[_key(handle)] = handle
         crash_point("flow.agent.found")
