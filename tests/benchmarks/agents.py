@@ -1,8 +1,8 @@
 """What 100 agents cost the flow server, one Work each: `python tests/benchmarks/agents.py [seconds]`; prints JSON.
 
-The agents are played by one process of its own (100 ports, answers and heartbeats like real ones, every 2 s), their Works'
-scripts run for ever. The floor, measured in the same run, is a process that only asks the same agents for their status as
-often, with the same HTTP client: what polling costs whoever does it. Target: at most 10 % of a core.
+The agents are played by one process of its own (100 ports, answers and heartbeats like real ones, every 2 s); the
+scripts of their Works run for ever. The floor, measured in the same run, is a process that only asks the same agents
+for their status as often, with the same HTTP client. Target: at most 10 % of a core.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class FakeAgent:
         self.epoch = 0
         self.call: dict[str, Any] | None = None
         self.port = 0
+        self.tasks: list[asyncio.Future[None]] = []
 
     async def serve(self) -> None:
         server = await asyncio.start_server(self._client, "127.0.0.1", 0)
@@ -73,12 +74,12 @@ class FakeAgent:
         kind = path.rsplit("/", 1)[1]
         if kind == "attach":
             self.flow = body["flow_url"]
-            asyncio.ensure_future(self._push())
+            self.tasks.append(asyncio.ensure_future(self._push()))
         elif kind == "place":
             return [{"work": place["work"], "host": "127.0.0.1", "port": 1} for place in body]
         elif kind == "start":
             self.call = body[0]
-            asyncio.ensure_future(self._started())
+            self.tasks.append(asyncio.ensure_future(self._started()))
             return [{"call": start["call"], "attempt": start["attempt"]} for start in body]
         return self._status() if kind in ("attach", "status") else {}
 
