@@ -207,7 +207,7 @@ async def test_what_is_in_use_is_waited_for(app: App, machine: Callable[..., Nod
     placed = await asyncio.wait_for(second, LONG)
     assert placed["node"] == first["node"] and await runtime.poll(placed) is None
     assert not runtime.waiting
-    assert await runtime.sweep() == [f"orch-{app.id}-second"], "who has stopped waiting is not placed later"
+    assert await runtime.sweep() == [f"orch-{app.id}-second is ended"], "who has stopped waiting is not placed later"
 
 
 @pytest.mark.slow
@@ -240,7 +240,18 @@ async def test_the_end_of_an_actor_is_that_of_agent_and_script(app: App) -> None
     assert json.loads(record.read_bytes())["exit_code"] == 7, "it was asked before it was killed"
     # The next one cannot adopt what was there, on the same machine neither, and says so.
     other = await runtime.launch(app.spec(epoch=2))
-    assert other["records"] is False
+    assert other["since"] == 2
+
+
+async def test_the_end_of_a_place_is_told_when_its_scripts_are_gone(app: App) -> None:
+    runtime = app.runtimes[0]
+    handle = await runtime.launch(app.spec())
+    async with Peer(handle) as peer:
+        script, waiter = await child(peer, "ignores_term.py", grace=2.0)
+    os.kill(actor_of(handle), signal.SIGKILL)
+    assert await runtime.ended(handle, LONG) and alive(script)
+    assert not await runtime.adoptable(handle)
+    assert not alive(script) and not alive(waiter), "another one could be started beside it"
 
 
 async def test_a_new_place_waits_for_what_the_old_one_has_left(app: App) -> None:
@@ -268,9 +279,12 @@ async def test_scripts_outlive_the_agent_and_not_the_actor_after_it(app: App) ->
 
 @pytest.mark.slow
 async def test_a_machine_that_ray_gives_up_is_not_dead_for_that(app: App, machine: Callable[..., Node]) -> None:
-    node = machine(resources={"orch_far": 1})
+    node = machine(resources={"orch_far": 2})
     runtime = app.runtimes[0]
     handle = await runtime.launch(app.spec(compute={"name": "far", "cpus": 0}))
+    second = await runtime.launch(app.spec("second", compute={"name": "far", "cpus": 0}))
+    os.kill(second["pid"], signal.SIGKILL)
+    assert await runtime.ended(second, LONG) and await runtime.adoptable(second)
     machines = app.cluster.alive()
     (raylet,) = node.processes("raylet")
     raylet.suspend()
@@ -282,6 +296,7 @@ async def test_a_machine_that_ray_gives_up_is_not_dead_for_that(app: App, machin
     assert alive(handle["pid"])
     assert not await runtime.ended(handle, 3.0), "nobody can know that"
     assert await runtime.poll(handle) is None and await runtime.adopt(handle)
+    assert await runtime.adoptable(second), "its scripts may go on there"
     other = app.runtime()
     assert await other.adopt(handle) and await other.poll(handle) is None
     async with Peer(handle) as peer:

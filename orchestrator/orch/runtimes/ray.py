@@ -46,6 +46,8 @@ CONNECT = 60.0
 ANSWER = 15.0
 """Seconds for an answer that asks the cluster."""
 SIGN_OF_LIFE = 3.0
+LONGEST_GRACE = 3600.0
+"""Seconds that the scripts of a place that is gone may take to end."""
 FIRST_LOOK = 5.0
 KILL_WAIT = 10.0
 FAREWELL = 5.0
@@ -170,7 +172,7 @@ class RayRuntime:
 
     async def adoptable(self, handle: Handle) -> bool:
         try:
-            return bool(await self._driver.ask("lives", ANSWER, handle=_public(handle)))
+            return bool(await self._driver.ask("lives", LONGEST_GRACE, handle=_public(handle)))
         except (_Gone, TimeoutError, RuntimeLost):
             return True  # the launch that follows will tell
 
@@ -317,7 +319,7 @@ def _key(handle: Handle) -> tuple[str, int]:
 
 
 def _public(handle: Handle) -> dict[str, Any]:
-    return {name: handle[name] for name in ("agent", "epoch", "actor", "actor_id", "node")}
+    return {name: handle[name] for name in ("agent", "epoch", "actor", "actor_id", "node", "folder")}
 
 
 def _read_requirements(path: Path, who: str) -> list[str]:

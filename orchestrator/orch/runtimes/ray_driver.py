@@ -30,6 +30,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray import exceptions
 from ray.util import accelerators
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orch.runtimes import ray_place
 from orch.runtimes.ray_fit import misfit, wanted
@@ -245,15 +246,24 @@ class Driver:
         ray.kill(actor)
 
     async def do_lives(self, handle: dict[str, Any]) -> bool:
-        """Whether the place of this agent, which has ended, is still there for another one."""
-        actor = await self.find(handle["actor"])
-        if actor is None or _id(actor) != handle["actor_id"]:
-            return False
-        try:
+        """Whether the place of this agent, which has ended, may be there for another one. If not, its scripts have
+        ended too: they have their grace when their actor dies, and the answer waits for that."""
+
+        async def living(actor: Any) -> None:
             await asyncio.wait_for(_future(actor.living), ANSWER)
-        except exceptions.ActorDiedError:
-            return False
-        return True
+
+        if await self._verdict(handle, living) is None:
+            return True
+        there = NodeAffinitySchedulingStrategy(handle["node"], soft=False)
+        look = ray.remote(ray_place.cleared).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=there, enable_task_events=False
+        )
+        try:
+            await asyncio.wrap_future(look.remote(handle["folder"]).future())
+        except exceptions.RayError as error:
+            log.info("%s cannot be looked at: %s", handle["folder"], _first_line(error))
+            return True
+        return False
 
     async def do_host(self) -> str:
         return str(ray.util.get_node_ip_address())

@@ -25,7 +25,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-__all__ = ["APP_FOLDER", "Place"]
+__all__ = ["APP_FOLDER", "Place", "cleared"]
 
 APP_FOLDER = "orch-app"
 """Folder of the app in what Ray unpacks: a level down and no identifier, because Ray puts the top on PYTHONPATH, where
@@ -139,7 +139,14 @@ class Place:
                 return _problem("lost", f"{self._where}: the agent did not answer within {START_TIMEOUT:.0f} s")
             await asyncio.sleep(LOOK_EVERY)  # a file appears by rename; there is nothing portable to wait on
         del ready["token"]  # it is the flow's, which has it
-        self._handle = {**ready, "actor_id": self._id, "node": self._node, "node_ip": self._ip, "since": self._since}
+        self._handle = {
+            **ready,
+            "actor_id": self._id,
+            "node": self._node,
+            "node_ip": self._ip,
+            "folder": str(self._folder),
+            "since": self._since,
+        }
         return {"handle": self._handle}
 
     async def _end_former(self) -> None:
@@ -214,6 +221,12 @@ class Place:
             if self._child is child:
                 shutil.rmtree(self._folder / "run", ignore_errors=True)
                 _leave()
+
+
+def cleared(folder: str) -> None:
+    """Blocks, on the machine of a place that is no more, until the scripts that it had there are gone."""
+    while _left_over(Path(folder)):
+        time.sleep(0.05)  # their waiters stop them; nothing tells of the end of all
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
