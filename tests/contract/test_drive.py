@@ -36,6 +36,7 @@ from orch_drive import (
     DriveUnavailable,
     ManifestIndex,
 )
+from orch_drive.drive import drives_in
 from orch_drive.manifest import Manifest
 from orch_drive.storage import LocalStorage, blob_key
 
@@ -1365,6 +1366,14 @@ def test_a_drive_is_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     own = Drive("models")
     own.put("f")
     assert own.versions("f")[0].component == "ui.trainer" and (tmp_path / "store/models/blobs").is_dir()
+
+
+def test_drives_are_found_in_state() -> None:
+    state = [
+        {"a": {"b": [Drive("one").to_state(), {"$drive": "nonsense"}]}, "$drives": 1},
+        Drive("s3://x/y").to_state(),
+    ]
+    assert drives_in(state) == {"one", "s3://x/y"} and drives_in({"a": [1, None, "drive"]}) == set()
 
 
 def test_a_drive_with_a_url_of_its_own(tmp_path: Path) -> None:
