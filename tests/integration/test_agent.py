@@ -165,11 +165,11 @@ async def test_an_attempt_starts_once(flow: FakeFlow) -> None:
 async def test_stop_before_the_start_and_of_unknown_calls(flow: FakeFlow) -> None:
     await flow.place("w")
     await flow.stop("nobody")
-    await flow.start("w", "sleep 60")
-    await flow.until(lambda: flow.of(Started))
-    await flow.start("w", "touch never", n=2)  # waits until the port of the first is free
+    await flow.start("w", ["bash", "-c", "trap '' TERM; touch stays; sleep 60"], grace=60.0)
+    await flow.until(lambda: (flow.folder / "stays").exists())
+    await flow.start("w", "touch never", n=2)  # waits until the first is gone
     await flow.stop("w", n=2)
-    await flow.stop("w", n=1)
+    await flow.stop("w", n=1, grace=0.0)
     assert (await flow.ended("w", 1)).call == "1-w-1"
     assert (await flow.ended("w", 2)).reason == "stopped"
     assert not (flow.folder / "never").exists() and len(flow.of(Started)) == 1
