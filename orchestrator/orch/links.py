@@ -258,6 +258,8 @@ class Links:
             server.console.warn(f"{error.message} - {error.hint}" if error.hint else error.message)
         except TimeoutError:
             server.console.warn(f"the Drive at {server.drive_url} does not answer")
+        except Exception as error:  # whatever the library of some other storage raises
+            server.console.warn(f"the Drive at {server.drive_url} cannot be used: {type(error).__name__}: {error}")
         return 0
 
     async def _answers(self, handle: Handle) -> bool:

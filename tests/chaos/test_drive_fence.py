@@ -136,17 +136,35 @@ async def test_what_never_hears_of_its_flow_again_stops_itself(tmp_path: Path) -
         assert not alive(script)
 
 
+READS = """
+from orch import Work
+
+class Reads(Work):
+    def run(self, drive):
+        return [drive.list(), type(drive.id).__name__]
+"""
+
+
 async def test_another_app_under_the_same_names_stops_nobody(tmp_path: Path) -> None:
     """The flow answers: then this incarnation is the one that counts, whatever a shared Drive says."""
-    drive_url = f"file://{tmp_path}/drive"
-    async with flow_with_agent(tmp_path / "app", drive_url=drive_url) as flow:
-        DriveStore(drive_url, "app").fence("trainer", 7)
+    folder, drive_url = tmp_path / "app", f"file://{tmp_path}/drive"
+    folder.mkdir()
+    (folder / "myapp.py").write_text(READS)
+    async with flow_with_agent(folder, drive_url=drive_url, app_file=str(folder / "myapp.py")) as flow:
+        for work in ("trainer", "reads"):
+            DriveStore(drive_url, "app").fence(work, 7)
         await flow.place("trainer", drives=["app"])
         await flow.place("other")
+        await flow.place("reads", python=True)
         await flow.start("other", "sleep 60")
         await flow.start("trainer", GROWS, outputs=["out"])
         ended = await flow.ended("trainer")
         assert ended.reason == "exception" and "fenced at epoch 7" in ended.message, ended
+        record = ComponentRecord(module="myapp", qualname="Reads")
+        state = {"$drive": {"id": "app", "root_folder": None}}
+        await flow.start("reads", kind="python", record=record, args=[state])
+        ended = await flow.ended("reads")
+        assert (ended.reason, ended.result) == (None, [[], "str"]), ended
         [other] = await flow.until(lambda: flow.of(Started, "other"))
         assert alive(other.pid) and not flow.of(Started, "trainer")
 

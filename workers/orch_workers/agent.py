@@ -885,16 +885,14 @@ class Agent:
         attempt.transfer = self._transfer(attempt, cwd)
         try:
             await self._fences.set(work.name, self._drives(attempt))
-        except DriveStaleEpoch:
-            if not await self._superseded():
-                raise
-            await attempt.stop_wanted.wait()  # like all that is here, unless a successor on this machine takes it over
-            self._end_unstarted(attempt)
-            return False
-        except DriveError as error:  # a Drive that may be meant for reading only
+        except DriveError as error:
+            if isinstance(error, DriveStaleEpoch) and await self._superseded():
+                await attempt.stop_wanted.wait()  # as all that is here is stopped, or left to a successor
+                self._end_unstarted(attempt)
+                return False
             if start.outputs:
                 raise
-            log.warning("%s", _explain(error))
+            log.warning("%s", _explain(error))  # a Python Work may only read from it; else its put says so
         if start.inputs or start.outputs or start.reload:
             await asyncio.to_thread(attempt.transfer.prepare)
         await self._await_contact(attempt)
