@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from orch.cli.console import wants_browser
 from orch.cli.output import note
 from orch.cli.state import pointer_of
-from orch.cli.target import Target, app_argument, find_folder, find_target
+from orch.cli.target import Target, app_argument, find_cloud, find_folder, find_target
 from orch.errors import OrchError, UsageError
 from orch.processes import find, wait_gone
 
@@ -159,6 +159,8 @@ def _opens(args: argparse.Namespace) -> bool:
 
 
 def down_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", metavar="NAME", help="an app on AWS: end its machines (same as --app NAME)")
+    parser.add_argument("--purge", action="store_true", help="on AWS: its roles, key pair and security group too")
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", help="seconds to end in peace (default: 60)"
     )
@@ -166,7 +168,21 @@ def down_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def down(args: argparse.Namespace) -> int:
-    """One line for each thing that was ended; at the end nothing of the app is left on this machine."""
+    """One line for each thing that was ended; at the end nothing of the app is left on this machine, or of its machines
+    on AWS."""
+    if args.name is not None:
+        if args.app is not None and args.app != args.name:
+            raise UsageError(f"down: {args.name!r} and --app {args.app!r} are two apps", hint="name one of them")
+        args.app = args.name
+    if args.app is not None and (cloud := find_cloud(args.app)) is not None:
+        from orch.cloud.up import take_down as take_down_machines
+
+        with cloud.lock():
+            _stop_in_peace(args.app, args.timeout)
+            take_down_machines(cloud, note_line, purge=args.purge)
+        return 0
+    if args.purge:
+        raise UsageError("down: --purge is for an app on AWS", hint="`orch down NAME --purge`")
     if args.app is not None and args.app.startswith(("http://", "https://")):
         target = find_target(args.app)
         if target.folder is None:
@@ -180,6 +196,18 @@ def down(args: argparse.Namespace) -> int:
 
     take_down(folder, lambda line: note_line(line), timeout=args.timeout)
     return 0
+
+
+def _stop_in_peace(name: str, timeout: float) -> None:
+    """An app on AWS is asked to end, so that its works publish what they have; if it cannot be asked, its machines end
+    all the same."""
+    try:
+        target = find_target(name)
+        with target.client() as client:
+            client.stop_app("orch down")
+        note_line(f"{name}: {'stopped' if _wait_unreachable(target, timeout) else 'does not end, its machines do now'}")
+    except OrchError as error:
+        note_line(f"{name}: not asked to stop: {error.message}")
 
 
 def note_line(line: str) -> None:

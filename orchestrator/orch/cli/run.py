@@ -19,14 +19,14 @@ from orch.cli.options import DEFAULT_PORT, Mode, RunOptions
 from orch.errors import UsageError
 from orch.paths import AppFolder
 
-__all__ = ["ask_secret", "options_from", "read_env_file", "run", "run_arguments"]
+__all__ = ["ask_secret", "options_from", "read_env_file", "run", "run_arguments", "start_detached"]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _APP_NAME = re.compile(r"\w[\w .-]{0,63}")
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "orch run [APP] [--local] [options] [-- ARGS]"
+    parser.usage = "orch run [APP] [--local | --ray ADDRESS | --cloud aws] [options] [-- ARGS]"
     parser.epilog = "ARGS become the sys.argv of the app file."
     parser.add_argument("app", nargs="*", metavar="APP", help="the app file (default: app.py)")
     where = parser.add_mutually_exclusive_group()
@@ -69,10 +69,14 @@ def run(args: argparse.Namespace) -> int:
         return _serve(_from_json(handed), Console(on_url=lambda url: _tell(ready_fd, url), ends_by="`orch stop`"))
     _hide_secrets(args.secret)
     options = options_from(args)
+    if options.mode == "aws":
+        from orch.cli.cloud import run_on_aws
+
+        return run_on_aws(options)
     if options.dry_run:
         return _dry_run(options)
     if options.detach:
-        return _detach(options)
+        return start_detached(options)
     return _serve(options, Console(on_url=open_browser if wants_browser(options.open) else None))
 
 
@@ -166,8 +170,6 @@ def options_from(args: argparse.Namespace, environ: Mapping[str, str] = os.envir
                 hint="write the app file in front: `orch run app.py --cloud`",
             )
         mode = "aws"
-    if mode == "aws":
-        raise UsageError("run: --cloud aws is not in this version", hint="use --local or --ray")
     if args.name is not None and not _APP_NAME.fullmatch(args.name):
         raise UsageError(
             f"run: --name {args.name!r} cannot be an app's name",
@@ -341,7 +343,8 @@ def _said(log: Path, begin: int) -> list[str]:
         return file.read()[-64_000:].decode(errors="replace").splitlines()
 
 
-def _detach(options: RunOptions) -> int:
+def start_detached(options: RunOptions) -> int:
+    """Blocks until the app serves, then leaves it behind; the exit code."""
     folder = AppFolder(options.app_file.parent)
     folder.create()
     if folder.serving():

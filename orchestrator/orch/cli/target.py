@@ -13,8 +13,9 @@ from orch.paths import AppFolder, known_apps
 
 if TYPE_CHECKING:
     from orch.client import Client
+    from orch.cloud.apps import CloudApp
 
-__all__ = ["Target", "app_argument", "find_folder", "find_target", "read_arguments"]
+__all__ = ["Target", "app_argument", "find_cloud", "find_folder", "find_target", "read_arguments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ def find_target(app: str | None) -> Target:
     """The app that was named. Raises UsageError naming what was looked for and where."""
     if app is not None and app.startswith(("http://", "https://")):
         return _at_url(app)
+    if app is not None and (cloud := find_cloud(app)) is not None:
+        from orch.cloud.up import reach
+
+        reached = reach(cloud)
+        return Target(None, reached.url, reached.app.app_token)
     folder = find_folder(app)
     if not folder.serving():
         return Target(folder, None, None)
@@ -63,6 +69,15 @@ def find_target(app: str | None) -> Target:
     if info is None or info.pid != folder.server_pid():
         raise UsageError(f"the app in {folder.root} is still starting", hint="try again in a moment")
     return Target(folder, info.url, folder.token())
+
+
+def find_cloud(app: str) -> CloudApp | None:
+    """The app of that name that was started in a cloud from here, unless the words mean one of this machine."""
+    if Path(app).expanduser().exists() or any(k.name == app and AppFolder(k.folder).serving() for k in known_apps()):
+        return None
+    from orch.cloud.apps import find_app
+
+    return find_app(app)
 
 
 def _at_url(text: str) -> Target:
@@ -108,7 +123,9 @@ def find_folder(app: str | None) -> AppFolder:
         return AppFolder((running or named)[0].folder)
     if path.is_dir():
         return AppFolder(path)
-    names = sorted({known.name for known in known_apps()})
+    from orch.cloud.apps import known as known_in_clouds
+
+    names = sorted({known.name for known in known_apps()} | {cloud.name for cloud in known_in_clouds()})
     raise UsageError(
         f"--app {app!r} is no folder, no URL and no app that was run by this user",
         hint=f"known: {', '.join(names[:8])}" if names else "no app was run by this user yet",
