@@ -1173,9 +1173,19 @@ def _runtime(options: RunOptions, folder: AppFolder) -> Runtime:
     """The one that the options name. Raises UsageError."""
     if options.mode == "local":
         return LocalRuntime(folder.run, folder.logs)
+    from orch.cloud.cluster import facts_of_head
     from orch.runtimes.ray import RayRuntime
 
-    return RayRuntime(options.address or "auto", folder.run, folder.logs, folder.root, app_id=folder.app_id())
+    ours = facts_of_head() or (None, ())
+    return RayRuntime(
+        options.address or "auto",
+        folder.run,
+        folder.logs,
+        folder.root,
+        app_id=folder.app_id(),
+        machine_of=ours[0],
+        machines=ours[1],
+    )
 
 
 def _this_machines(spec: WorkSpec) -> str:
