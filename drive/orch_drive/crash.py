@@ -45,6 +45,8 @@ POINTS: tuple[str, ...] = (
     *_steps("flow.push", ("received", "committed")),
     "flow.patch.committed",
     *_steps("flow.shutdown", ("due", "answered", "ended")),
+    *_steps("flow.backup", (*_FILE, "sent", "copied", "based")),
+    "flow.log.appended",
     # An agent.
     "agent.spec.read",
     *_steps("agent.ready", _FILE),

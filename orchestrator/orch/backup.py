@@ -25,6 +25,7 @@ import msgspec
 from orch.errors import JournalError
 from orch.journal import Batch, Journal, Revision
 from orch.paths import write_atomic
+from orch_drive.crash import crash_point
 from orch_drive.errors import DriveError
 from orch_drive.storage import Storage, open_storage
 
@@ -76,7 +77,7 @@ class Backup:
                         f"{self._db} is older than its copy at {self.url}: another machine has gone on with the app",
                         hint=f"to go on here, stop it there and move {self._db} away; --fresh starts over",
                     )
-            elif self._at and not fresh:
+            elif head["base"] and not fresh:
                 self._restore(head["base"])
                 brought = True
         except (OSError, DriveError, KeyError, ValueError, msgspec.MsgspecError) as error:
@@ -139,13 +140,14 @@ class Backup:
         number = self._at + 1
         data = msgspec.json.encode({"by": self._by, "entries": entries})
         # Before the piece: a note that is behind would lock this disk out.
-        write_atomic(self._note, msgspec.json.encode({"at": number, "by": self._by}), mode=0o600)
+        write_atomic(self._note, msgspec.json.encode({"at": number, "by": self._by}), mode=0o600, point="flow.backup")
         said = False
         while not self._created(number, data, warn if not said else _silent):
             said = True
             time.sleep(ASK_AGAIN)
         if said:
             warn(f"the copy of the journal at {self.url} is written again")
+        crash_point("flow.backup.sent")
         self._at = number
         self._bytes += len(data)
 
@@ -178,6 +180,7 @@ class Backup:
         """The journal as it is, for `put_base`. In the thread of the journal."""
         path = self._db.with_name("backup.db")
         journal.copy(path)
+        crash_point("flow.backup.copied")
         self._base, self._bytes, self.based = self._at, 0, True
         return self._at, path
 
@@ -186,6 +189,7 @@ class Backup:
         name = f"base-{number}.db"
         try:
             self._replace(f"{FOLDER}/{name}", path.read_bytes())
+            crash_point("flow.backup.based")
             self._replace(HEAD, msgspec.json.encode({"base": number, "by": self._by}))
             old = [_piece(n) for n in self._pieces() if n <= number]
             old += [f"{FOLDER}/{key}" for key in self._names() if key.startswith("base-") and key != name]

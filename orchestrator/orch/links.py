@@ -369,6 +369,9 @@ class Links:
             link.mirror = LogMirror(self._server.folder.logs)
         if link.mirror is not None:
             link.mirror.follow(handle["url"], handle["token"])
+            for report in known.works:
+                if report.call is not None:
+                    link.mirror.add(report.work, report.call, ended=report.stage == "ended")
         host = urlsplit(handle["url"]).hostname or ""
         self._server.put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known, rev=rev, host=host, dead=dead))
         link.wake.set()
@@ -476,11 +479,13 @@ class Links:
         """Its status is wanted soon."""
         self._link(agent).ask = True
 
-    def follow(self, agent: str, work: str, call: str) -> None:
-        """Bring what the call says to this machine, if it is on another one."""
+    def follow(self, agent: str, work: str, call: str) -> int:
+        """Bring what the call says to this machine, if it is on another one. Bytes of it that are here."""
         link = self._links.get(agent)
-        if link is not None and link.mirror is not None:
-            link.mirror.add(work, call)
+        if link is None or link.mirror is None:
+            return 0
+        link.mirror.add(work, call)
+        return link.mirror.size(work, call)
 
     async def _poll_loop(self) -> None:
         """Liveness: a push counts; without one for POLL_EVERY the agent is asked; a dead local process is noticed."""

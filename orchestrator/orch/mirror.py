@@ -1,6 +1,8 @@
 """Logs of calls that run on another machine, brought to this one: whole and in order, a piece at a time.
 
-The copy's own size is where it goes on, so nothing is fetched twice and nothing is missing, whoever dies between.
+The copy's own size is where it goes on, so nothing is fetched twice and nothing is missing, whoever dies between. Where
+the next attempt of a call is started on another machine, its log goes on there: that agent is told from where
+(`log_from`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 from pathlib import Path
 
 from orch.peer import HttpPeer
+from orch_drive.crash import crash_point
 
 __all__ = ["LogMirror"]
 
@@ -42,16 +45,26 @@ class LogMirror:
         self._url, self._token = url, token
         self._wake.set()
 
-    def add(self, work: str, call: str) -> None:
+    def add(self, work: str, call: str, *, ended: bool = False) -> None:
+        """`ended`: it grows no more, and needs to be brought once."""
         self._open[work, call] = None
+        if ended:
+            self._ended.add((work, call))
         self._wake.set()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run(), name="orch-mirror")
 
+    def size(self, work: str, call: str) -> int:
+        """Bytes that are here."""
+        path = self._path(work, call)
+        return path.stat().st_size if path.exists() else 0
+
+    def _path(self, work: str, call: str) -> Path:
+        return self._logs / work / f"{call}.log"
+
     async def complete(self, work: str, call: str) -> None:
         """The call has ended: returns when its log is here, or after `PATIENCE`."""
-        self._ended.add((work, call))
-        self.add(work, call)
+        self.add(work, call, ended=True)
         try:
             async with asyncio.timeout(PATIENCE):
                 while (work, call) in self._open:
@@ -83,11 +96,10 @@ class LogMirror:
     async def _bring(self, work: str, call: str) -> bool | None:
         """What there is more of one log, to its present end. True if there was any; None if the agent does not
         answer."""
-        path = self._logs / work / f"{call}.log"
         grown = False
         async with self._turn:
             while (work, call) in self._open:
-                offset = path.stat().st_size if path.exists() else 0
+                offset = self.size(work, call)
                 try:
                     status, data = await self._peer.get(
                         f"{self._url}/v1/logs/{work}/{call}?offset={offset}", self._token
@@ -99,7 +111,7 @@ class LogMirror:
                     return None
                 if status == 200 and data:
                     grown = True
-                    await asyncio.to_thread(_append, path, data)
+                    await asyncio.to_thread(_append, self._path(work, call), data)
                     continue
                 if (work, call) in self._ended:
                     self._ended.discard((work, call))
@@ -112,3 +124,4 @@ def _append(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
         file.write(data)
+    crash_point("flow.log.appended")

@@ -631,8 +631,8 @@ class Service:
             case e.StartCalls(agent=agent, calls=calls):
                 for call in calls:
                     self._follow(call.work, call.call)
-                    self._links.follow(agent, call.work, call.call)
-                self._links.send(agent, "start", calls)
+                    here = self._links.follow(agent, call.work, call.call)
+                    self._links.send(agent, "start", [msgspec.structs.replace(call, log_from=here) if here else call])
             case e.StopCalls(agent=agent, calls=stops):
                 self._links.send(agent, "stop", stops)
             case e.PlaceWorks(agent=agent, works=works):

@@ -199,6 +199,8 @@ class StartCall(Message, frozen=True, kw_only=True):
     outputs: list[str] = msgspec.field(default_factory=list)
     reload: list[str] = msgspec.field(default_factory=list)
     sync_interval: float = 2.0
+    log_from: int = 0
+    """Bytes of the call's log that came from another machine: here it begins after them."""
 
 
 class StartReply(Message, frozen=True, kw_only=True):

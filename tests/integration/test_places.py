@@ -174,6 +174,10 @@ def test_a_place_that_ends_takes_its_script_and_the_retry_gets_another(app: Plac
     assert app.places()["again"]["machine"] != first["again"]["machine"]
     app.go("again")
     app.until("again", "succeeded")
+    log = app.log("again")
+    assert "attempt 1" in log and "attempt 2" in log
+    second = [line for line in log.partition("attempt 2")[2].splitlines() if line.startswith("line ")]
+    assert [line.split()[1] for line in second] == [str(n + 1) for n in range(len(second))]
 
 
 def test_an_agent_that_is_killed_is_followed_by_one_in_its_place(app: PlacesApp) -> None:
@@ -206,6 +210,8 @@ def test_a_server_finds_the_agents_of_the_one_before(app: PlacesApp, ends: str) 
     app.start()
     if ends == "after":
         app.until("trainer", "running")
+        size = len(app.log("trainer"))
+        wait_until(lambda: len(app.log("trainer")) > size, what="its lines go on coming")
         app.go("trainer")
     done = app.until("trainer", "succeeded")
     assert done["attempt"] == 1
@@ -215,6 +221,20 @@ def test_a_server_finds_the_agents_of_the_one_before(app: PlacesApp, ends: str) 
     }
     url = app.work("web")["url"]
     assert "train.py" in httpx.get(url, headers={"Authorization": f"Bearer {app.token}"}).text
+
+
+def test_a_server_that_is_killed_while_it_brings_a_log_brings_the_rest_later(app: PlacesApp) -> None:
+    app.env["ORCH_CRASH_AT"] = "flow.log.appended:2"
+    app.start()
+    app.set("/vars/want", ["trainer"])
+    app.wait_exit()
+    app.killed = True
+    del app.env["ORCH_CRASH_AT"]
+    app.start()
+    app.until("trainer", "running")
+    app.go("trainer")
+    app.until("trainer", "succeeded")
+    assert app.whole("trainer")
 
 
 def _record(place: dict[str, object], kind: str) -> bool:

@@ -519,15 +519,21 @@ class Agent:
             self._settle(work)
 
     def read_log(self, work: str, call: str, offset: int) -> bytes:
-        """What a call's log has from `offset` on, `LOG_PIECE` bytes at most. NotFound."""
+        """What a call's log has from `offset` on, `LOG_PIECE` bytes at most; offsets count what was written elsewhere
+        too. NotFound."""
         if {work, call} & {".", ".."}:
             raise NotFound(f"there is no log {work}/{call}")
         try:
             with self._log_file(work, call).open("rb") as file:
-                file.seek(offset)
+                file.seek(max(0, offset - self._log_from(call)))
                 return file.read(LOG_PIECE)
         except FileNotFoundError:
             raise NotFound(f"there is no log {work}/{call}") from None
+
+    def _log_from(self, call: str) -> int:
+        """Where the log begins that is here: with the first attempt that was started here."""
+        starts = [attempt.start for attempt in self.attempts.values() if attempt.start.call == call]
+        return min(starts, key=lambda start: start.attempt).log_from if starts else 0
 
     def _log_file(self, work: str, call: str) -> Path:
         return Path(self.spec.orch_dir, "logs", work, f"{call}.log")
