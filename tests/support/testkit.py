@@ -102,6 +102,8 @@ class RunningApp:
     it had to kill.
     """
 
+    where: tuple[str, ...] = ("--local",)
+
     def __init__(self, folder: Path, app: str = "app.py", *, env: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.app = app
@@ -122,7 +124,7 @@ class RunningApp:
 
     def spawn(self, *options: str, argv: Iterable[str] = (), port: int | None = None) -> subprocess.Popen[bytes]:
         """`orch run` in the folder, without waiting for anything. Its output goes to `output_path`."""
-        command = [*self.command(), "--local", "--no-open", "--port", str(port or free_port()), *options]
+        command = [*self.command(), *self.where, "--no-open", "--port", str(port or free_port()), *options]
         if argv := list(argv):
             command += ["--", *argv]
         self._drop_client()

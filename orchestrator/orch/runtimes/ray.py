@@ -161,11 +161,11 @@ class RayRuntime:
 
     async def kill(self, handle: Handle) -> None:
         try:
-            await self._driver.ask("kill", ANSWER, handle=_public(handle))
+            if await self._driver.ask("kill", ANSWER, handle=_public(handle)):
+                await self.ended(handle, KILL_WAIT)
         except (_Gone, TimeoutError, RuntimeLost) as error:
             log.warning("the actor of agent %s cannot be ended: %s", handle["agent"], error)
             return
-        await self.ended(handle, KILL_WAIT)
         left = self.found(handle["agent"])
         if left is not None and left["epoch"] <= handle["epoch"]:
             self._file(handle["agent"]).unlink(missing_ok=True)

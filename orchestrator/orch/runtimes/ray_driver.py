@@ -62,6 +62,8 @@ class Driver:
         self.config = config
         self.send = send
         self.place: Any = None
+        self.seen: dict[str, dict[str, float]] = {}
+        """What every machine has that there was: one that is lost may come back, or another like it."""
         self.requests: dict[int, asyncio.Task[None]] = {}
         self.watches: dict[tuple[str, int], asyncio.Task[None]] = {}
 
@@ -188,17 +190,18 @@ class Driver:
         """What it needs. Raises Refused if no machine has that, nor one that could be launched."""
         nodes = [node for node in await self.nodes() if node["Alive"]]
         shapes = [node["Resources"] for node in nodes] + self.config["machines"]
+        self.seen |= {node["NodeID"]: node["Resources"] for node in nodes}
+        possible = [*shapes, *self.seen.values()]
         needs = wanted(
             spec.get("compute", {}),
             machine=machine,
-            offered={name for shape in shapes for name in shape},
+            offered={name for shape in possible for name in shape},
             accelerators=_accelerators(),
         )
-        problem = misfit(needs, shapes)
         # Ray's autoscaler names the group of each machine that it has launched. What it could launch is told to nobody.
         autoscaled = not self.config["machines"] and any("ray.io/node-group" in node["Labels"] for node in nodes)
-        if problem and not autoscaled:
-            raise Refused("infeasible", f"{spec['agent']} cannot be placed: {problem}")
+        if misfit(needs, possible) and not autoscaled:
+            raise Refused("infeasible", f"{spec['agent']} cannot be placed: {misfit(needs, shapes)}")
         return needs
 
     def _create(self, name: str, spec: dict[str, Any], needs: dict[str, float], build: dict[str, Any] | None) -> Any:
@@ -235,15 +238,16 @@ class Driver:
         """Why the agent has ended, if that is certain."""
         return await self._verdict(handle, lambda actor: asyncio.wait_for(_future(actor.look, handle), ANSWER))
 
-    async def do_kill(self, handle: dict[str, Any]) -> None:
-        """End the agent's actor, unless a newer incarnation lives in it."""
+    async def do_kill(self, handle: dict[str, Any]) -> bool:
+        """End the agent's actor, unless a newer incarnation lives in it. Whether there was anything to end."""
         actor = await self.find(handle["actor"])
         if actor is None or _id(actor) != handle["actor_id"]:
-            return
+            return False
         with contextlib.suppress(TimeoutError, exceptions.RayError):
             if await asyncio.wait_for(_future(actor.living), ANSWER) > handle["epoch"]:
-                return
+                return False
         ray.kill(actor)
+        return True
 
     async def do_lives(self, handle: dict[str, Any]) -> bool:
         """Whether the place of this agent, which has ended, may be there for another one. If not, its scripts have
