@@ -144,6 +144,9 @@ class Engine:
         self.code = 0
         self.layout: list[dict[str, Any]] = []
         self.schedules: dict[str, Schedule] = {}
+        self.released: dict[str, int] = {}
+        """Epochs of agents whose Works were removed, until nothing is left of them: what comes back under such a name
+        is another one."""
         self._kept_pages: dict[str, tuple[list[Call], Mapping[str, Any]]] = {}
         """Of a resumed run: the pages' servers, until the first pass declares them."""
         self._attaches: dict[str, int] = {}
@@ -201,7 +204,7 @@ class Engine:
     def _add_work(self, spec: WorkSpec, work: KnownWork) -> None:
         (self.hidden if spec.hidden else self.works)[spec.name] = work
         work.agent = self.config.agent_of(spec)
-        self.agents.setdefault(work.agent, KnownAgent(work.agent))
+        self._add_agent(work.agent)
         self._touch(work)
         if not self._apart(work) or spec.kind == "python":
             return
@@ -216,7 +219,11 @@ class Engine:
             part.main, part.agent = work, part.spec.name
             work.parts.append(part)
             self.parts[part.spec.name] = part
-            self.agents.setdefault(part.agent, KnownAgent(part.agent))
+            self._add_agent(part.agent)
+
+    def _add_agent(self, name: str) -> None:
+        if name not in self.agents:
+            self.agents[name] = KnownAgent(name, self.released.pop(name, 0))
 
     def _all(self) -> list[KnownWork]:
         return [*self.works.values(), *self.hidden.values(), *self.parts.values()]
@@ -247,11 +254,16 @@ class Engine:
         known = self.agents.setdefault(agent, KnownAgent(agent))
         if known.epoch != epoch:
             known.epoch, known.acked = epoch, 0
-            known.up = False
+            known.up, known.launching = False, agent != LOCAL
         self._fact("agent", agent, {"epoch": known.epoch, "acked": known.acked})
         number = self._attaches[agent] = self._attaches.get(agent, 0) + 1
         self._fact("attach", agent, number)
         return number
+
+    def forget_agent(self, agent: str) -> None:
+        """Nothing is left of it; unless its Work has come back, there is nothing to know any more."""
+        if self.released.pop(agent, None) is not None:
+            self._fact("agent", agent, None)
 
     def note_fact(self, kind: str, key: str, value: Any) -> None:
         """Something of the service's own, journalled with the next batch."""
@@ -798,6 +810,7 @@ class Engine:
     def _all_placed(self, work: KnownWork) -> bool:
         """Whether a call can start; asks for the places that are missing."""
         for each in (work, *work.parts):
+            each.release_at = None
             if not each.placed:
                 self._place(each)
         return all(each.placed for each in (work, *work.parts)) and not any(part.live for part in work.parts)
@@ -910,9 +923,10 @@ class Engine:
 
     def _idle(self, work: KnownWork, now: float) -> None:
         """It has finished and nothing waits: a place of its own is given back after a while."""
-        if self._apart(work) and work.placed and work.book.calls and work.release_at is None:
-            idle = work.spec.compute.get("idle_timeout")
-            work.release_at = now + (self.config.idle_timeout if idle is None else idle)
+        idle = work.spec.compute.get("idle_timeout")
+        for each in (work, *work.parts):
+            if self._apart(each) and each.placed and work.book.calls and each.release_at is None:
+                each.release_at = now + (self.config.idle_timeout if idle is None else idle)
 
     def _release(self, work: KnownWork, grace: float = 0.0) -> None:
         """From the moment in which this is journalled, its agent is refused."""
@@ -1017,6 +1031,7 @@ class Engine:
         if shown is not None:
             self._abandon(work, now)
             self._cancel(work, Reason.STOPPED, now)
+            self._advance(work, now)
             latest = work.book.shown if work.book.shown is not None else shown
             work.book.held = latest.key
             self._wake()
@@ -1027,7 +1042,10 @@ class Engine:
         """Somebody has decided about a script that nobody can be asked about any more. If it lives, it is refused."""
         call = None if work.book.current is None else work.book.calls[work.book.current]
         agent = self.agents[work.agent]
-        if call is None or call.stage is not Stage.UNKNOWN or not (agent.up and work.sent_epoch < agent.since):
+        if call is None or call.stage is not Stage.UNKNOWN:
+            return
+        asked = work.sent_epoch >= agent.since if agent.up else agent.expected or agent.launching
+        if asked:
             return
         work.live = False
         self._end(work, call.move(Stage.STOPPED, reason=Reason.STOPPED, message=call.message, finished_at=now))
@@ -1259,15 +1277,20 @@ class Engine:
         if self._apart(work):
             for each in (work, *work.parts):
                 self._release(each, each.spec.grace if each.live else 0.0)
-                del self.agents[each.agent]
-                self._fact("agent", each.agent, None)
+                self.released[each.agent] = self.agents.pop(each.agent).epoch
+                self._attaches.pop(each.agent, None)
+                self._fact("attach", each.agent, None)
                 self.parts.pop(each.spec.name, None)
         elif work.placed or work.placing:
             self._emit(ForgetWorks(agent=work.agent, works=[name], rev=self.tree.rev))
 
     # -- agents
     def _agent_up(self, event: AgentUp, now: float) -> None:
-        agent = self.agents.setdefault(event.agent, KnownAgent(event.agent))
+        agent = self.agents.get(event.agent)
+        if agent is None and event.agent == LOCAL:
+            agent = self.agents[LOCAL] = KnownAgent(LOCAL)
+        if agent is None or event.epoch < agent.epoch:
+            return  # it was given up meanwhile
         if event.epoch != agent.epoch:
             agent.epoch, agent.acked = event.epoch, 0
         agent.up, agent.launching, agent.expected = True, False, False
@@ -1313,11 +1336,7 @@ class Engine:
             if not recorded and not agent.dead:
                 # Another machine: the incarnation to which it was given may have started it, and it may be running.
                 # (It may be unknown already, for another reason.)
-                message = f"agent {work.agent} was replaced, and nobody knows what became of the script"
-                work.book.put(call.replace(stage=Stage.UNKNOWN, reason=None, message=message))
-                self._touch(work)
-                if work.spec.on_lost != "wait":
-                    self._doubts[work.spec.name] = None
+                self._doubt(work, f"agent {work.agent} was replaced, and nobody knows what became of the script")
                 return
             if not recorded and not work.stopping:
                 self._lost(work, call, "its place is gone, and the script with it", now)
@@ -1331,6 +1350,16 @@ class Engine:
                 return
             self._emit(StartCalls(agent=work.agent, calls=[self._start_message(work, call)]))
             self._emit(PollAgent(agent=work.agent))  # it may have it already, and say nothing about it any more
+
+    def _doubt(self, work: KnownWork, message: str) -> None:
+        """Its script may be running where nobody can ask; a leased one no longer than its lease."""
+        assert work.book.current is not None
+        call = work.book.calls[work.book.current]
+        work.book.put(call.replace(stage=Stage.UNKNOWN, reason=None, message=message))
+        self._touch(work)
+        self._wake()
+        if work.spec.on_lost != "wait":
+            self._doubts[work.spec.name] = None
 
     def _lost(self, work: KnownWork, call: Call, why: str, now: float, *, cut: bool = False) -> None:
         """The attempt has ended, and nobody knows how. `cut`: because its lease is over."""
@@ -1372,10 +1401,15 @@ class Engine:
 
     def _agent_failed(self, event: AgentFailed, now: float) -> None:
         agent = self.agents.get(event.agent)
-        if agent is None:
+        if agent is None or (event.epoch is not None and event.epoch < agent.epoch):
             return
         agent.up = agent.launching = agent.expected = False
+        self.contacts.forget(agent.name)
         for work in self._all():
+            if work.agent == agent.name and self._apart(work) and work.live:
+                # Whatever it was started on may be running: nobody is there who could be asked.
+                self._unplace(work)
+                self._doubt(work, f"agent {agent.name} is gone, and there is no other: {event.message}")
             if work.agent != agent.name or not work.placing:
                 continue
             work.placing = False
@@ -1411,7 +1445,7 @@ class Engine:
             current = work.book.current
             if work.live and current is not None:
                 self._lost(work, work.book.calls[current], event.message, now)
-            elif waits:
+            elif waits and self._alive:
                 self._place(work)
         self._wake()
 
@@ -1453,7 +1487,8 @@ class Engine:
 
     def _place_failed(self, work: KnownWork, message: str, now: float, reason: Reason = Reason.EXCEPTION) -> None:
         work = work.main or work
-        for waiting in [*work.book.queue, *([work.book.current] if work.book.current else [])]:
+        # (An attempt that is under way waits for no place: that is for the next one.)
+        for waiting in [*work.book.queue, *([work.book.current] if work.book.current and not work.live else [])]:
             call = work.book.calls[waiting]
             self._end(work, call.move(Stage.FAILED, reason=reason, message=message, finished_at=now, due=None))
         if work.spec.raise_exception and work.book.calls:
@@ -1487,7 +1522,7 @@ class Engine:
                 self._heard(agent)
                 self._reconcile(event.status, now)
             return
-        if not agent.up and not agent.expected:
+        if not (agent.up or agent.expected or (agent.launching and agent.name != LOCAL)):
             return
         self.contacts.missed(agent.name, event.silence, event.clock)
         live = [work for work in self._all() if work.agent == agent.name and work.live]
@@ -1502,6 +1537,15 @@ class Engine:
                 work.book.put(current.move(Stage.UNKNOWN, message=f"no contact with agent {agent.name}"))
                 self._touch(work)
                 self._wake()
+        for work in [work for work in self._all() if work.agent == agent.name and self._apart(work)]:
+            if not work.live and event.silence >= work.spec.lost_after and self._alive and self._may_act(agent, event):
+                # Nothing of it is there: another place does as well.
+                waits = work.placing
+                self._release(work)
+                if waits:
+                    self._place(work)
+                self._advance(work.main or work, now)
+                return
         overdue = [work for work in leased if event.silence >= work.spec.lost_after]
         if len(overdue) < len(leased) and not self.config.shared_records:
             return  # a new agent elsewhere is the end of whatever runs here: only when every lease is over
@@ -1688,6 +1732,11 @@ class Engine:
             else:
                 self._kept_pages[name] = (book_calls, kept)  # the layout declares it again in the first pass
         for name, value in facts.get("agent", {}).items():
+            if name not in self.agents and name != LOCAL:
+                self.released[name] = value["epoch"]
+                if clean:
+                    self.forget_agent(name)
+                continue
             agent = self.agents.setdefault(name, KnownAgent(name))
             agent.epoch, agent.acked = value["epoch"], value["acked"] if not clean else 0
         self._attaches = dict(facts.get("attach", {}))

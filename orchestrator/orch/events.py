@@ -130,6 +130,8 @@ class AgentFailed(Event, frozen=True, kw_only=True):
     agent: str
     message: str
     reason: str = "exception"
+    epoch: int | None = None
+    """The one that was to be launched last."""
 
 
 class AgentWaits(Event, frozen=True, kw_only=True):

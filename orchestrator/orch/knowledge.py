@@ -111,9 +111,9 @@ class KnownWork:
 
 
 class KnownAgent:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, epoch: int = 0) -> None:
         self.name = name
-        self.epoch = 0
+        self.epoch = epoch
         self.up = False
         self.launching = False
         self.expected = False

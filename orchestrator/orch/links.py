@@ -15,11 +15,13 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+import msgspec
+
 from orch import events as e
-from orch.errors import RuntimeLost, StaleEpoch
+from orch.errors import OrchError, RuntimeLost, StaleEpoch
 from orch.mirror import LogMirror
 from orch.peer import HttpPeer
 from orch.runtimes.base import AgentDied, Handle, PlacementError, Runtime
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["Links"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 POLL_EVERY = 2.0
 POLL_TIMEOUT = 5.0
@@ -54,8 +57,12 @@ AGENT_STOP = 5.0
 """Seconds from the last script's end to the agent's."""
 AGENT_TRIES = 3
 DRIVE_WITHIN = 5.0
+LISTEN_AGAIN = 2.0
 UNREADABLE = 422
 """HTTP status of a request that does not fit its message type: nothing of it was done."""
+
+
+ANSWERS: dict[str, Any] = {"place": list[Placed], "start": list[StartReply]}
 
 
 class Teller(Protocol):
@@ -101,7 +108,10 @@ class Link:
     asked: float = 0.0
     unanswered: float | None = None
     """Since when it has been asked in vain."""
+    gone: float | None = None
+    """Of an agent that has ended and has no successor yet: when it was last heard."""
     poll: asyncio.Task[None] | None = None
+    telling: asyncio.Task[None] | None = None
     poll_peer: HttpPeer = field(default_factory=lambda: HttpPeer(POLL_TIMEOUT, name="orch-poll"))
     attached: bool = False
     ask: bool = False
@@ -112,6 +122,12 @@ class Link:
     """So many requests go one at a time: the agent could not read one of them."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the agent is launched, replaced or released."""
+    acts: set[asyncio.Task[Any]] = field(default_factory=set)
+    """What has, or waits for, the turn, and is over when the agent is given up."""
+    launched: int = 0
+    """The last incarnation that was asked for."""
+    former: list[Handle] = field(default_factory=list)
+    """Given up, and to be ended before another one is launched."""
     waits: str = ""
     """What its launch waits for, as was told."""
     mirror: LogMirror | None = None
@@ -124,12 +140,13 @@ class Link:
         pid = (self.handle or {}).get("pid")
         return f"agent {self.agent} (pid {pid})" if pid else f"agent {self.agent}"
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.sender.cancel()
-        self.peer.close()
-        self.poll_peer.close()
+        closing = [self.peer.close, self.poll_peer.close]
         if self.mirror is not None:
-            self.mirror.close()
+            closing.append(self.mirror.close)
+        # In threads: where a machine does not answer, a request that is under way cannot be broken off at once.
+        await asyncio.gather(*map(asyncio.to_thread, closing))
 
 
 class Links:
@@ -154,7 +171,8 @@ class Links:
         self._swept = asyncio.Event()
         """Nothing of an earlier run is left."""
         self._left: dict[str, Handle] = {}
-        """Of Works' own agents: what an earlier server knew of them."""
+        """Of Works' own agents: what an earlier server knew of them, until it is taken up by their links."""
+        self._found: list[str] = []
 
     def start(self, group: asyncio.TaskGroup) -> None:
         """The engine runs: there may be something to send."""
@@ -164,19 +182,25 @@ class Links:
         """Pushes are answered: agents may be attached."""
         self.begun.set()
         self._task(self._poll_loop(), "poll")
-        for agent, left in self._left.items():
-            known = self._server.engine.agents.get(agent)
-            if known is not None and left["epoch"] >= known.epoch:
-                self._task(self._find_again(agent, left), f"find-{agent}")
-            else:  # released by a server that died before it was done
-                self._task(self._server.runtime_of(agent).kill(left), f"kill-{agent}")
+        for agent in self._found:
+            link = self._link(agent)
+            if link.handle is not None:
+                self._act(link, self._find_again(agent, link.handle), "find")
+            elif link.former:  # released by a server that died before it was done
+                self._task(self._release(link, None, 0.0), f"release-{agent}")
 
     def expect(self) -> None:
         """Before the engine of a run that was cut off starts: which agents it may hear of again."""
-        for agent, known in self._server.engine.agents.items():
+        engine = self._server.engine
+        for agent in [*engine.agents, *engine.released]:
             left = None if agent == LOCAL else self._server.runtime_of(agent).found(agent)
-            if left is not None:
-                self._left[agent] = left
+            known = engine.agents.get(agent)
+            if left is None:
+                engine.forget_agent(agent)
+                continue
+            self._left[agent] = left
+            self._found.append(agent)
+            if known is not None:
                 known.expected = left["epoch"] >= known.epoch
 
     def token(self, agent: str) -> str | None:
@@ -192,6 +216,11 @@ class Links:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def _act(self, link: Link, work: Coroutine[Any, Any, Any], name: str) -> None:
+        task = self._task(work, f"{name}-{link.agent}")
+        link.acts.add(task)
+        task.add_done_callback(link.acts.discard)
 
     # -- found or launched --------------------------------------------------------------------------------------------
 
@@ -231,22 +260,37 @@ class Links:
         await self.begun.wait()
         link = self._link(agent)
         async with link.turn:
-            why = await link.runtime.poll(left)
+            await self._listen_for(link)
+            why = await self._poll(link, left)
             if why is None:
                 try:
                     return await self._attach(agent, left)
-                except AgentDied as error:
+                except RuntimeLost as error:
                     why = error.message
             if link.ending:  # given up meanwhile
                 return None
             return await self._next_or_none(link, left, why)
+
+    async def _listen_for(self, link: Link) -> None:
+        """Agents can be answered where they are, sooner or later."""
+        begin, told = time.monotonic(), False
+        while True:
+            try:
+                await self._server.listen_for(link.agent)
+                return
+            except OrchError as error:
+                if not told:
+                    self._server.console.warn(f"{error.line}: asking again")
+                told = True
+            await self._tell_silence(link, time.monotonic() - begin)
+            await asyncio.sleep(LISTEN_AGAIN)
 
     async def _after(self, left: Handle | None, agent: str = LOCAL) -> int:
         """The epoch of the next incarnation."""
         # Drives outlive runs and records, and refuse an older epoch: epochs grow with time whatever is lost.
         if self._past is None:
             self._past = max(int(self._started * 1000), await self._past_epoch() + 1)
-        return max((left["epoch"] if left else self._epochs.get(agent, 0)) + 1, self._past)
+        return max(self._epochs.get(agent, 0) + 1, (left["epoch"] if left else 0) + 1, self._past)
 
     async def _past_epoch(self) -> int:
         """The highest that the app's Drives have seen: the clock may have been set back, or be behind that of another
@@ -282,22 +326,24 @@ class Links:
     def launch(self, agent: str) -> None:
         """The engine asks for an agent of a Work's own. (This machine's is started with the server.)"""
         if agent != LOCAL:
-            self._task(self._bring(self._link(agent)), f"launch-{agent}")
+            link = self._link(agent)
+            self._act(link, self._bring(link), "launch")
 
     async def _bring(self, link: Link) -> None:
         await self._swept.wait()
         async with link.turn:
+            await self._clear(link)
             known = self._server.engine.agents.get(link.agent)
-            if known is None or known.up:
-                return
-            epoch = max(known.epoch + 1, await self._after(None, link.agent))
-            await self._launch_next(link, epoch, 0)
+            if known is not None and known.launching:
+                await self._launch_next(link, max(known.epoch + 1, await self._after(None, link.agent)), 0)
 
     async def _launch(self, agent: str, epoch: int, port: int, *, dead: bool = False) -> AgentStatus | None:
         for tries in range(1, AGENT_TRIES):
             try:
                 return await self._launch_once(agent, epoch, port, dead)
             except AgentDied as error:
+                if self._epochs.get(agent) != epoch:  # given up meanwhile
+                    return None
                 self._server.console.warn(f"{error.line}: starting another one ({tries} of {AGENT_TRIES - 1})")
                 epoch += 1
         return await self._launch_once(agent, epoch, port, dead)
@@ -312,7 +358,11 @@ class Links:
         self._epochs[agent] = epoch
         runtime = self._server.runtime_of(agent)
         await self._server.listen_for(agent)
+        if agent in self._links:
+            self._links[agent].launched = epoch
         handle = await runtime.launch(self._server.agent_spec(agent, epoch, token, port))
+        if agent in self._links:
+            self._links[agent].handle = handle  # whoever gives it up from here on has to end it
         return await self._attach(agent, handle, dead=dead)
 
     # -- attached -----------------------------------------------------------------------------------------------------
@@ -328,7 +378,7 @@ class Links:
             return await self._launch(agent, newest, 0)
         link.handle = handle
         number = engine.know_agent(agent, handle["epoch"])
-        begin = time.monotonic()
+        begin = time.monotonic() if link.gone is None else link.gone
         told = False
         while True:
             await self._server.journalled()  # what an agent knows is never ahead of what survives
@@ -361,9 +411,11 @@ class Links:
         if status != 200:
             raise RuntimeLost(f"agent {agent} refuses this server: HTTP {status} {body[:200]!r}")
         crash_point("flow.agent.attached")
-        known = decode(AgentStatus, body)
+        known = _decoded(AgentStatus, body)
+        if known is None:
+            raise RuntimeLost(f"what answers in place of agent {agent} is none: {body[:200]!r}")
         link.heard = time.monotonic()
-        link.unanswered = None
+        link.unanswered = link.gone = None
         link.attached = True
         if not link.runtime.shared_files and link.mirror is None:
             link.mirror = LogMirror(self._server.folder.logs)
@@ -373,7 +425,9 @@ class Links:
                 if report.call is not None:
                     link.mirror.add(report.work, report.call, ended=report.stage == "ended")
         host = urlsplit(handle["url"]).hostname or ""
-        self._server.put(e.AgentUp(agent=agent, epoch=handle["epoch"], status=known, rev=rev, host=host, dead=dead))
+        since = 0 if link.runtime.shared_records else handle.get("since", handle["epoch"])
+        epoch = handle["epoch"]
+        self._server.put(e.AgentUp(agent=agent, epoch=epoch, status=known, rev=rev, host=host, since=since, dead=dead))
         link.wake.set()
         return known
 
@@ -382,6 +436,14 @@ class Links:
             link = Link(agent, self._server.runtime_of(agent), HttpPeer(name=f"orch-to-{agent}"))
             self._links[agent] = link
             link.sender = self._task(self._sender(link), f"link-{agent}")
+            left = self._left.pop(agent, None)
+            if left is not None:
+                known = self._server.engine.agents.get(agent)
+                self._tokens[agent], self._epochs[agent] = left["token"], left["epoch"]
+                if known is not None and known.expected:
+                    link.handle = left
+                else:
+                    self._leave(link, left)
         return self._links[agent]
 
     # -- told ---------------------------------------------------------------------------------------------------------
@@ -410,7 +472,8 @@ class Links:
                 handle = link.handle
                 crash_point("flow", f"{kind}.due")
                 status, body = await link.peer.post(f"{handle['url']}/v1/{kind}", encode(batch), handle["token"])
-            except (OSError, http.client.HTTPException) as error:
+                answer = decode(ANSWERS[kind], body) if status == 200 and kind in ANSWERS else []
+            except (OSError, http.client.HTTPException, msgspec.MsgspecError) as error:
                 log.debug("agent %s: %s", link.agent, error)
                 await asyncio.sleep(delay)
                 delay = min(1.0, delay * 2)
@@ -430,9 +493,11 @@ class Links:
             link.singly = max(0, link.singly - len(batch))
             for _ in batch:
                 link.queue.popleft()
-            self._take_answer(link, kind, batch, status, body)
+            self._take_answer(link, kind, batch, status, body, answer)
 
-    def _take_answer(self, link: Link, kind: str, batch: list[Any], status: int, body: bytes) -> None:
+    def _take_answer(
+        self, link: Link, kind: str, batch: list[Any], status: int, body: bytes, answer: list[Any]
+    ) -> None:
         put = self._server.put
         if status != 200:
             why = f"agent {link.agent} refused {kind}: HTTP {status} {body[:300].decode(errors='replace')}"
@@ -444,10 +509,9 @@ class Links:
             else:
                 self._server.console.warn(why)
         elif kind == "place":
-            put(e.PlacedWorks(agent=link.agent, placed=decode(list[Placed], body)))
+            put(e.PlacedWorks(agent=link.agent, placed=answer))
         elif kind == "start":
-            replies = decode(list[StartReply], body)
-            put(e.StartAnswered(replies=replies, works=[message.work for message in batch]))
+            put(e.StartAnswered(replies=answer, works=[message.work for message in batch]))
 
     # -- heard --------------------------------------------------------------------------------------------------------
 
@@ -493,7 +557,9 @@ class Links:
             await asyncio.sleep(POLL_EVERY / 2)
             for link in [link for link in self._links.values() if link.handle is not None and link.attached]:
                 await self._look_after(link)
-            for link in self._links.values():
+            for link in list(self._links.values()):
+                if link.gone is not None:
+                    self._be_silent(link, time.monotonic() - link.gone)
                 waits = link.runtime.waits(link.agent) if not link.attached else ""
                 if waits != link.waits:
                     link.waits = waits
@@ -502,13 +568,14 @@ class Links:
                 self._server.put(e.Steady(clock=time.monotonic()))
 
     async def _look_after(self, link: Link) -> None:
-        assert link.handle is not None
-        gone = await link.runtime.poll(link.handle)
-        if not link.attached:
-            return  # it is being replaced
+        handle = link.handle
+        assert handle is not None
+        gone = await self._poll(link, handle)
+        if not link.attached or link.handle is not handle:
+            return  # it is being replaced, or has been
         if gone is not None:
-            link.attached = False
-            self._task(self._bury(link, link.handle, gone), f"replace-{link.agent}")
+            link.attached, link.gone = False, link.heard
+            self._act(link, self._bury(link, handle, gone), "replace")
             return
         now = time.monotonic()
         silence = now - link.heard
@@ -516,17 +583,30 @@ class Links:
             link.unanswered = None
         elif link.unanswered is not None and now - link.unanswered >= POLL_EVERY:
             # Only what was asked and not answered is silence: this process may have been stopped itself.
-            await self._tell_silence(link, silence)
+            self._be_silent(link, silence)
         if (silence >= POLL_EVERY or link.ask) and (link.poll is None or link.poll.done()):
             link.ask = False
             link.asked = now
             link.unanswered = link.unanswered or now
             # A task of its own: one that does not answer must not keep the others waiting.
-            link.poll = self._task(self._ask_status(link, link.handle), f"poll-{link.agent}")
+            link.poll = self._task(self._ask_status(link, handle), f"poll-{link.agent}")
+
+    async def _poll(self, link: Link, handle: Handle) -> str | None:
+        try:
+            return await link.runtime.poll(handle)
+        except (OrchError, OSError) as error:
+            log.warning("nothing is known of agent %s: %s", link.agent, error)
+            return None
+
+    def _be_silent(self, link: Link, silence: float) -> None:
+        if link.telling is None or link.telling.done():
+            link.telling = self._task(self._tell_silence(link, silence), f"silent-{link.agent}")
 
     async def _tell_silence(self, link: Link, silence: float) -> None:
-        now = time.monotonic()
+        now, handle, heard = time.monotonic(), link.handle, link.heard
         reachable = await self._reachable(link, now)
+        if link.handle is not handle or link.heard != heard:
+            return
         self._server.put(e.AgentPolled(agent=link.agent, status=None, silence=silence, clock=now, reachable=reachable))
 
     async def _ask_status(self, link: Link, handle: Handle) -> None:
@@ -535,14 +615,17 @@ class Links:
         except (OSError, http.client.HTTPException) as error:
             log.debug("agent %s does not answer: %s", link.agent, error)
             return
-        if status != 200 or link.handle is not handle:
+        known = _decoded(AgentStatus, body) if status == 200 else None
+        if known is None or link.handle is not handle:
             return
         link.heard = time.monotonic()
-        self._server.put(e.AgentPolled(agent=link.agent, status=decode(AgentStatus, body)))
+        self._server.put(e.AgentPolled(agent=link.agent, status=known))
 
     async def _reachable(self, silent: Link, now: float) -> bool:
-        """Whether this machine reaches anything but the silent agent."""
-        others = (link for link in self._links.values() if link is not silent and link.attached)
+        """Whether this machine reaches anything but the silent agent. (Its own agent, where others are elsewhere, says
+        nothing of that.)"""
+        alike = (link for link in self._links.values() if link.runtime is silent.runtime)
+        others = (link for link in alike if link is not silent and link.attached)
         return any(now - link.heard < 2 * POLL_EVERY for link in others) or await silent.runtime.reachable()
 
     # -- replaced, released, ended ------------------------------------------------------------------------------------
@@ -556,64 +639,108 @@ class Links:
     async def _next_or_none(self, link: Link, old: Handle, why: str) -> AgentStatus | None:
         """A new incarnation adopts what it left; if its place is gone too, the engine decides whether there is
         anything left to do."""
-        epoch = await self._after(old)
         own = link.runtime.own_places
         if not own or await link.runtime.adoptable(old):
             self._server.console.warn(f"{link.where} {why}: starting a new one")
-            return await self._launch_next(link, epoch, old["port"], dead=own)
+            epoch = await self._after(old, link.agent)
+            return await self._launch_next(link, epoch, old["port"], old=old, dead=own)
         self._server.console.warn(f"{link.where} {why}")
-        link.handle, link.attached = None, False
-        self._epochs[link.agent] = epoch
-        await link.runtime.kill(old)
-        self._server.put(e.AgentGone(agent=link.agent, epoch=epoch, message=why))
+        await self._kill(link, old)
+        await self._lose(link, old, why)
         return None
+
+    async def _lose(self, link: Link, old: Handle, why: str) -> None:
+        """Its place has ended, that is certain."""
+        epoch = await self._after(old, link.agent)
+        link.handle = link.gone = None
+        link.attached = False
+        self._epochs[link.agent] = epoch
+        self._server.put(e.AgentGone(agent=link.agent, epoch=epoch, message=why))
+
+    def _leave(self, link: Link, handle: Handle | None) -> None:
+        """The engine has given this agent up: whatever is being done about it is over, and it is to be ended."""
+        if link.runtime.own_places:
+            for act in link.acts:
+                act.cancel()
+        if handle is not None:
+            link.former.append(handle)
+        link.handle = link.gone = None
+        link.attached = False
+        link.queue.clear()
+
+    async def _clear(self, link: Link) -> None:
+        """End what was given up, if that can be done."""
+        while link.former:
+            await self._kill(link, link.former[0])
+            del link.former[0]
+
+    async def _kill(self, link: Link, handle: Handle) -> None:
+        """Also a later incarnation in its place, of which nothing came."""
+        try:
+            await link.runtime.kill({**handle, "epoch": max(handle["epoch"], link.launched)})
+        except (OrchError, OSError) as error:
+            self._server.console.warn(f"agent {link.agent} cannot be ended: {error}")
 
     def replace(self, agent: str, epoch: int) -> None:
         """The engine has given this agent up: from here on it is refused, and epoch `epoch` takes its place."""
         link = self._link(agent)
-        self._epochs[agent] = epoch
+        self._leave(link, link.handle)
+        self._epochs[agent] = epoch = max(epoch, self._epochs.get(agent, 0) + 1)
         link.ending = True
-        old, link.handle, link.attached = link.handle, None, False
-        self._task(self._replace_silent(link, old, epoch), f"replace-{agent}")
+        self._act(link, self._replace_silent(link, epoch), "replace")
 
-    async def _replace_silent(self, link: Link, old: Handle | None, epoch: int) -> None:
+    async def _replace_silent(self, link: Link, epoch: int) -> None:
         """End it if that can be done, it may be only a network away; launch another."""
         async with link.turn:
             self._server.console.warn(f"agent {link.agent} is given up: starting a new one")
-            if old is not None:
-                await link.runtime.kill(old)
+            port = link.former[-1]["port"] if link.former else 0
+            await self._clear(link)
             link.ending = False
-            await self._launch_next(link, epoch, old["port"] if old is not None else 0)
+            await self._launch_next(link, epoch, port)
 
-    async def _launch_next(self, link: Link, epoch: int, port: int, *, dead: bool = False) -> AgentStatus | None:
+    async def _launch_next(
+        self, link: Link, epoch: int, port: int, *, old: Handle | None = None, dead: bool = False
+    ) -> AgentStatus | None:
+        """`old`: of which it is the successor, in the same place if that is still there."""
         link.attached = False
         try:
             return await self._launch(link.agent, epoch, port, dead=dead)
-        except RuntimeLost as error:
-            link.handle = None
+        except (OrchError, OSError) as error:
+            line = error.line if isinstance(error, OrchError) else str(error)
             reason = error.reason if isinstance(error, PlacementError) else "exception"
-            self._server.put(e.AgentFailed(agent=link.agent, message=error.line, reason=reason))
+            for each in (link.handle, old):
+                if each is not None:
+                    await self._kill(link, each)
+            link.handle = link.gone = None
+            if old is not None and link.runtime.own_places and not await link.runtime.adoptable(old):
+                await self._lose(link, old, line)
+            else:
+                epoch = self._epochs[link.agent]
+                self._server.put(e.AgentFailed(agent=link.agent, epoch=epoch, message=line, reason=reason))
             return None
 
     def release(self, agent: str, epoch: int, grace: float) -> None:
         """Its Work needs it no more: from here on it is refused; its scripts end, its place is given back."""
-        link = self._links.get(agent)
-        if link is None:
-            return
-        self._epochs[agent] = epoch
-        link.attached = False
-        link.queue.clear()
-        self._task(self._release(link, grace), f"release-{agent}")
+        link = self._link(agent)
+        handle = link.handle
+        self._leave(link, handle)
+        self._epochs[agent] = max(epoch, self._epochs.get(agent, 0) + 1)
+        self._task(self._release(link, handle, grace), f"release-{agent}")
 
-    async def _release(self, link: Link, grace: float) -> None:
+    async def _release(self, link: Link, handle: Handle | None, grace: float) -> None:
         async with link.turn:
-            handle, link.handle = link.handle, None
-            if handle is not None:
+            if handle in link.former:
                 await self._end(link, handle, kill=False, timeout=grace + AGENT_STOP)
-            if self._server.engine.agents.get(link.agent) is None and self._links.get(link.agent) is link:
-                del self._links[link.agent]  # its Work was removed
-                self._server.engine.note_fact("agent_token", link.agent, None)
-                link.close()
+            await self._clear(link)
+            engine, agent = self._server.engine, link.agent
+            if agent in engine.agents or self._links.get(agent) is not link:
+                return
+            del self._links[agent]  # its Work was removed
+            if link.runtime.found(agent) is None:  # else it was out of reach: it is still to hear that it is refused
+                engine.forget_agent(agent)
+                engine.note_fact("agent_token", agent, None)
+                self._tokens.pop(agent, None)
+        await link.close()
 
     async def end(self, *, kill: bool) -> None:
         """The app is over: agents stop what is left and exit."""
@@ -642,16 +769,23 @@ class Links:
         except (OSError, http.client.HTTPException) as error:
             log.debug("agent %s does not answer: %s", link.agent, error)
         if not ended or link.runtime.own_places:
-            await link.runtime.kill(handle)
+            await self._kill(link, handle)
         return ended
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._cancel_tasks()
-        for link in self._links.values():
-            link.close()
+        await asyncio.gather(*(link.close() for link in self._links.values()))
         for runtime in self._server.runtimes():
             runtime.close()
 
     def _cancel_tasks(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+
+
+def _decoded(kind: type[T], body: bytes) -> T | None:
+    """None if it is none: something else may answer where an agent was."""
+    try:
+        return decode(kind, body)
+    except msgspec.MsgspecError:
+        return None

@@ -251,7 +251,7 @@ class Service:
                 if not self._detaching:  # (a server that only leaves keeps its agents)
                     await self._links.end(kill=self._exit_kill)
                 self._read_logs()
-                self._links.close()
+                await self._links.close()
                 engine.cancel()
                 self._refuse_the_rest()
         except* (OrchError, OSError) as group_error:

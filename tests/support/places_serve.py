@@ -134,7 +134,7 @@ class PlacesRuntime:
         if child is not None:
             await asyncio.to_thread(child.wait)
         path = self._file(handle["agent"])
-        if path.exists() and json.loads(path.read_bytes())["epoch"] == handle["epoch"]:
+        if path.exists() and json.loads(path.read_bytes())["epoch"] <= handle["epoch"]:
             path.unlink()
 
     async def host(self) -> str:

@@ -33,12 +33,13 @@ from orch.errors import RuntimeLost
 from orch.flow import Flow
 from orch.paths import AppFolder, agent_spec_file
 from orch.peer import HttpPeer
-from orch.runtimes.base import Handle
+from orch.runtimes.base import AgentDied, Handle, Infeasible
+from orch.runtimes.local import LocalRuntime
 from orch.server import open_routes
 from orch.server.serve import HttpServer
 from orch.server.sockets import bind_socket
 from orch.service import Service
-from orch.wire import AgentSpec, Push, decode, encode
+from orch.wire import LOCAL, AgentSpec, Push, decode, encode
 from orch_workers import places, waiter
 from orch_workers.agent import Agent
 from orch_workers.process import ExitRecord, ProcessSpec, Spawner
@@ -354,6 +355,12 @@ class Script:
         wait = self.does.listens
         return wait is not None and self.exit is None and self.world.loop.now >= self.begin + wait
 
+    def die(self) -> None:
+        """With its machine: nobody is left who could write down how it has ended."""
+        if self.lives:
+            self.world.note(f"{self.key} dies with {self.machine.name}")
+            self.gone.set()
+
     def stop(self, grace: float) -> None:
         now = self.machine.shows()
         if not self.stopped and self.does.hears is not None:
@@ -459,6 +466,12 @@ class Machine:
     def free_port(self) -> int:
         return next(self._ports)
 
+    def end(self) -> None:
+        """Power off."""
+        self.party.kill()
+        for script in self.scripts:
+            script.die()
+
     def find(self, key: str) -> Script | None:
         """What its run record speaks of."""
         return next((script for script in self.scripts if script.known and script.key == key), None)
@@ -467,6 +480,8 @@ class Machine:
         known = self.find(spec.key)
         if known is not None:
             return known
+        if self.party.ended:
+            raise RuntimeError(f"{self.name} is off")
         script = self.party.run(Script, self, spec, contact)
         self.world.started(script)
         self.scripts.append(script)
@@ -508,8 +523,11 @@ class SimSpawner:
     async def start(self, spec: ProcessSpec) -> SimProcess:
         world = self.machine.world
         asked: asyncio.Future[Script] = asyncio.get_running_loop().create_future()
-        # Once it has been asked for, it comes, whatever becomes of this agent.
-        fork = lambda: asked.set_result(self.machine.fork(spec, self.contact))  # noqa: E731
+
+        def fork() -> None:  # once it has been asked for, it comes, whatever becomes of this agent
+            if not self.machine.party.ended:
+                asked.set_result(self.machine.fork(spec, self.contact))
+
         world.loop.at(world.loop.now + world.random.random() ** 3 * 0.05, fork, context=world.neutral)
         script = await asked
         await asyncio.sleep(world.random.random() ** 3 * 0.05)
@@ -560,7 +578,7 @@ class AgentProcess:
 
     def __init__(self, world: World, machine: Machine, spec: AgentSpec, launcher: Party) -> None:
         self.world, self.machine, self.spec = world, machine, spec
-        self.party = world.party(f"agent {spec.epoch % 100_000}", machine)
+        self.party = world.party(f"agent {spec.work or ''}{spec.epoch % 100_000}", machine)
         self.party.process = self  # type: ignore[attr-defined]
         self.pid = world.number()
         self.agent: Agent | None = None
@@ -572,13 +590,15 @@ class AgentProcess:
             if not self.attached:
                 self.party.kill()
 
-        launcher.at_end.append(launcher_gone)
+        if not spec.bound:
+            launcher.at_end.append(launcher_gone)
         self.party.at_end.append(self._gone)
         self.party.task(self._main())
 
     def _gone(self) -> None:
         if not self.ready.done():
-            self.ready.set_exception(RuntimeLost("the agent exited"))
+            kind = RuntimeLost if self.party.runs else AgentDied
+            self.ready.set_exception(kind("the agent exited"))
             self.ready.exception()
 
     async def _main(self) -> None:
@@ -608,7 +628,8 @@ class AgentProcess:
         )  # fmt: skip
         async with agent.running():
             self.world.network.listen(netloc, Endpoint(self.party, make_app(agent)))
-            self.world.handles[spec.agent] = handle
+            if not spec.bound:
+                self.world.handles[spec.agent] = handle
             self.ready.set_result(handle)
             await agent.leaving.wait()
             await agent.flushed(0.5)
@@ -644,12 +665,12 @@ class SimRuntime:
     def _process(self, handle: Handle) -> AgentProcess:
         return next(process for process in self.world.agents if process.pid == handle["pid"])
 
-    def _cut(self, process: AgentProcess) -> bool:
+    def _cut(self, there: AgentProcess | SimPlace) -> bool:
         """A machine that cannot be reached cannot be asked, nor can anything on it be ended."""
         if self.shared_records:
             return False
         network = self.world.network
-        return bool(network.is_cut(process.machine, True) or network.is_cut(process.machine, False))
+        return bool(network.is_cut(there.machine, True) or network.is_cut(there.machine, False))
 
     async def poll(self, handle: Handle) -> str | None:
         process = self._process(handle)
@@ -700,6 +721,145 @@ class SimRuntime:
     def reap(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class SimPlace:
+    """What an engine has given to the agent of one Work: a machine, until the engine takes it back."""
+
+    def __init__(self, world: World, agent: str) -> None:
+        self.world, self.agent = world, agent
+        self.machine = world.machine()
+        self.since = 0
+        self.process: AgentProcess | None = None
+        self.given_up = False
+        """It could not be reached when it was to end: the engine knows nothing of it any more."""
+        world.places.append(self)
+
+    @property
+    def lives(self) -> bool:
+        return not self.machine.party.ended
+
+    @property
+    def epoch(self) -> int:
+        """Of its agent."""
+        return 0 if self.process is None else self.process.spec.epoch
+
+    def start(self, spec: AgentSpec) -> AgentProcess:
+        """Another incarnation; a former one is killed, its scripts go on."""
+        port = 0
+        if self.process is not None:
+            self.process.party.kill()
+            port = spec.port
+        self.since = self.since or spec.epoch
+        there = msgspec.structs.replace(spec, orch_dir=str(self.machine.folder), port=port, bound=True)
+        (self.machine.folder / "run").mkdir(parents=True, exist_ok=True)
+        agent_spec_file(self.machine.folder / "run", spec.agent).write_bytes(encode(there))
+        process = self.process = AgentProcess(self.world, self.machine, there, self.machine.party)
+        process.party.at_end.append(lambda: self._left(process))
+        return process
+
+    def _left(self, process: AgentProcess) -> None:
+        """An agent that has left by itself has nothing here any more; one that was killed is waited for."""
+        if not process.party.runs:
+            return
+
+        def leave() -> None:
+            if self.process is process:
+                self.end()
+
+        self.world.loop.at(self.world.loop.now + 1.0, leave, context=self.world.neutral)
+
+    def end(self) -> None:
+        if self.lives:
+            self.world.note(f"the place of {self.agent}, {self.machine.name}, ends")
+            if self.process is not None:
+                self.process.party.kill()
+            self.machine.end()
+
+
+class PlacesRuntime(SimRuntime):
+    """Gives each Work's agent a place of its own, as `orch.runtimes.ray` does."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self.shared_records, self.own_places = False, True
+        self.orphan_timeout = 1_800.0
+
+    async def launch(self, spec: AgentSpec) -> Handle:
+        world, server = self.world, here()
+        assert server is not None
+        if spec.epoch <= world.epochs.get(spec.agent, 0):
+            world.fail(f"epoch {spec.epoch} of {spec.agent} is not above {world.epochs[spec.agent]}")
+        world.epochs[spec.agent] = spec.epoch
+        place = self._taken(spec.agent)
+        while place is not None and self._cut(place):  # it cannot be asked, so it is not known to have ended
+            await asyncio.sleep(0.5)
+            place = self._taken(spec.agent)
+        new = place is None
+        if place is None:
+            await asyncio.sleep(world.random.choice(world.waits))  # others have what it needs
+            while world.full:
+                await asyncio.sleep(0.1)
+            if world.none_fits:
+                raise Infeasible(f"{spec.agent} cannot be placed: no machine has what it needs")
+            place = SimPlace(world, spec.agent)
+        process = place.start(spec)
+        try:
+            found = await asyncio.shield(process.ready)
+        except asyncio.CancelledError:
+            if new:
+                place.end()
+            raise
+        world.handles[spec.agent] = handle = {**found, "since": place.since}
+        return handle
+
+    def _taken(self, agent: str) -> SimPlace | None:
+        """What is known under that name."""
+        known = (place for place in self.world.places if place.agent == agent and place.lives and not place.given_up)
+        return next(known, None)
+
+    def _place(self, handle: Handle) -> SimPlace:
+        machine = self._process(handle).machine
+        return next(place for place in self.world.places if place.machine is machine)
+
+    async def poll(self, handle: Handle) -> str | None:
+        place = self._place(handle)
+        if self._cut(place):
+            return None
+        if not place.lives:
+            return "has lost its place"
+        return "is gone" if self._process(handle).party.ended else None
+
+    async def adoptable(self, handle: Handle) -> bool:
+        place = self._place(handle)
+        return self._cut(place) or (place.lives and not place.given_up)
+
+    async def kill(self, handle: Handle) -> None:
+        place = self._place(handle)
+        if place.epoch > handle["epoch"]:
+            return
+        if not self._cut(place):
+            place.end()
+        elif self.world.random.random() >= self.world.frees:
+            return  # nothing can be done
+        place.given_up = True
+        self._end_later(place)
+        if self.world.handles.get(place.agent) == handle:
+            del self.world.handles[place.agent]
+
+    def _end_later(self, place: SimPlace) -> None:
+        """It hears of it when it can be reached."""
+        if self._cut(place):
+            self.world.loop.at(self.world.loop.now + 1.0, self._end_later, place, context=self.world.neutral)
+        else:
+            place.end()
+
+    async def sweep(self) -> list[str]:
+        left = [place for place in self.world.places if place.lives]
+        for place in left:
+            place.end()
+        self.world.handles = {agent: handle for agent, handle in self.world.handles.items() if agent == LOCAL}
+        return [f"the place of {place.agent} is ended" for place in left]
 
 
 class Console:
@@ -767,7 +927,8 @@ class ServerProcess:
         world = self.world
         app_file = world.folder / "app.py"
         options = RunOptions(app_file=app_file)
-        self.service = Service(options, AppFolder(world.folder), Console(world), SimRuntime(world))
+        runtime = PlacesRuntime(world) if world.own_places else SimRuntime(world)
+        self.service = Service(options, AppFolder(world.folder), Console(world), runtime)
         try:
             self.code = await self.service.main()
         except Exception as error:
@@ -825,12 +986,14 @@ class World:
         seed: int,
         *,
         shared: bool = True,
+        own_places: bool = False,
         rate: Callable[[], float] = lambda: 1.0,
         make_flow: Callable[[], Flow],
         behave: Callable[[Script], Behaviour],
         started: Callable[[Script], None] = lambda script: None,
     ) -> None:
         self.loop, self.folder, self.seed, self.shared = loop, folder, seed, shared
+        self.own_places = own_places
         self.neutral = contextvars.copy_context()
         self.random = loop.random
         self.trace: list[tuple[float, Any, str]] = []
@@ -840,10 +1003,18 @@ class World:
         self.agents: list[AgentProcess] = []
         self.handles: dict[str, Handle] = {}
         """What the runtime can find again, whoever asks."""
+        self.places: list[SimPlace] = []
+        self.epochs: dict[str, int] = {}
+        """By agent with a place of its own: the newest that was launched."""
         self.network = Network(self)
         self.make_flow, self.behave, self.on_start = make_flow, behave, started
         self.rate = rate
         self.port_taken = False
+        self.waits = [0.0, 0.0, 1.0, 10.0]
+        self.full = self.none_fits = False
+        """No place is free; or there is none at all."""
+        self.frees = 0.5
+        """How often an engine can take back what cannot be reached, by knowing nothing of it any more."""
         self._numbers = 1000
         self._next_port = 7500
         folder.mkdir(exist_ok=True)
@@ -878,9 +1049,12 @@ class World:
         self.note(f"{script.key} starts on {script.machine.name}: {script.does}")
         self.on_start(script)
 
+    def living(self) -> list[AgentProcess]:
+        return [process for process in self.agents if not process.party.ended and process.agent is not None]
+
     def agent(self) -> AgentProcess | None:
-        """The one that lives, if there is one."""
-        living = [process for process in self.agents if not process.party.ended and process.agent is not None]
+        """The newest that lives, if there is one."""
+        living = self.living()
         return living[-1] if living else None
 
     def port(self, wanted: int) -> int:
@@ -933,6 +1107,11 @@ def simulation(seed: int, *, limit: float = float("inf")) -> Iterator[VirtualLoo
         assert party is not None
         party.process.attached = True  # type: ignore[attr-defined]
 
+    def local(run_dir: Path, log_dir: Path) -> SimRuntime:
+        party = here()
+        assert party is not None
+        return SimRuntime(party.world)  # type: ignore[attr-defined]
+
     stand_ins = {
         id(original): (original, double)
         for original, double in [
@@ -947,6 +1126,7 @@ def simulation(seed: int, *, limit: float = float("inf")) -> Iterator[VirtualLoo
             (waiter.die_with, attached),
             (places, SimPlaces()),
             (Spawner, SimSpawner),
+            (LocalRuntime, local),
         ]
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -965,7 +1145,12 @@ def simulation(seed: int, *, limit: float = float("inf")) -> Iterator[VirtualLoo
 
 
 def simulate(
-    folder: Path, life: Callable[[World], Coroutine[Any, Any, None]], *, flow: type[Flow] = Flow, **does: Any
+    folder: Path,
+    life: Callable[[World], Coroutine[Any, Any, None]],
+    *,
+    flow: type[Flow] = Flow,
+    own_places: bool = False,
+    **does: Any,
 ) -> World:
     """A life in virtual time on a good network."""
 
@@ -973,7 +1158,8 @@ def simulate(
         return Behaviour(**{"seconds": 1e9, **does})
 
     with simulation(0, limit=1_000.0) as loop:
-        world = World(loop, folder, 0, make_flow=flow, behave=behave)
+        world = World(loop, folder, 0, make_flow=flow, behave=behave, own_places=own_places)
+        world.waits = [0.0]
         try:
             loop.run_until_complete(life(world))
         finally:
