@@ -19,9 +19,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from simulated import KINDS, Behaviour, Faults, Script, ServerProcess, World, simulation
+from simulated import KINDS, AgentProcess, Behaviour, Faults, Machine, Script, ServerProcess, World, simulation
 
-from orch import Dict, Flow, List, ScriptWork, ServiceWork
+from orch import CloudCompute, Dict, Flow, List, ScriptWork, ServiceWork
 from orch.errors import OrchError
 from orch.journal import Journal
 from orch.service import Service
@@ -51,8 +51,11 @@ class Lab(Flow):
         vars: dict[str, Any] = {"knob": 0, "log": []}
         self.jobs = List()
         self.named = Dict()
-        self.cached = ScriptWork("true", parallel=True, retries=1, retry_delay=3.0, vars=vars, **some)
-        self.uncached = ScriptWork("true", parallel=True, cache_calls=False, vars=vars, **some)
+        soon = CloudCompute(idle_timeout=2.0)
+        self.cached = ScriptWork(
+            "true", parallel=True, retries=1, retry_delay=3.0, vars=vars, cloud_compute=soon, **some
+        )
+        self.uncached = ScriptWork("true", parallel=True, cache_calls=False, vars=vars, cloud_compute=soon, **some)
         self.replacing = ScriptWork("true", parallel=True, when_busy="replace", vars=vars, **some)
         self.blocking = ScriptWork("true", cache_calls=False, timeout=8.0, **some)
         self.service = ServiceWork("true", grace=3.0, lost_after=30.0)
@@ -106,9 +109,13 @@ class Life:
         self.starts: dict[tuple[str, int], Script] = {}
         self.drift = self.random.random() < 0.5
         self.shared = self.random.random() < 0.75
+        self.own_places = seed % 3 == 2
+        """Each work's agent has a place of its own; else one agent serves all: always on the same machine, or not."""
+        self.shared |= self.own_places
         self.acked: dict[int, list[int]] = defaultdict(list)
         self.maybe: set[tuple[int, int]] = set()
         self.quiet = False
+        self.crashed: list[Machine] = []
         self.agents_replaced = False
 
     # -- the world
@@ -147,7 +154,7 @@ class Life:
             if chance.random() < 0.15:
                 faults.share[kind] = 0.7
         world.network.faults = faults
-        world.note(f"shared {self.shared} drift {self.drift} faults {faults}")
+        world.note(f"shared {self.shared} own places {self.own_places} drift {self.drift} faults {faults}")
         self.server = ServerProcess(world)
         hands = [
             asyncio.ensure_future(hand)
@@ -219,9 +226,13 @@ class Life:
             await asyncio.sleep(chance.expovariate(pace))
             assert self.server is not None
             which = chance.choice(["server", "server", "agent", "both"])
-            if which != "server" and self.shared and (agent := self.world.agent()) is not None:
-                self.world.note(f"kill {agent.party.name}")
-                agent.party.kill()
+            if which != "server" and self.shared and (agent := self.some_agent(chance)) is not None:
+                if agent.spec.bound and chance.random() < 0.4:
+                    self.crashed.append(agent.machine)
+                    next(place for place in self.world.places if place.machine is agent.machine).end()
+                else:
+                    self.world.note(f"kill {agent.party.name}")
+                    agent.party.kill()
             if which == "agent":
                 continue
             self.server.kill()
@@ -229,13 +240,20 @@ class Life:
             self.world.port_taken = chance.random() < 0.2
             self.server = ServerProcess(self.world)
 
+    def some_agent(self, chance: random.Random) -> AgentProcess | None:
+        living = self.world.living()
+        return chance.choice(living) if living and self.own_places else self.world.agent()
+
     async def cuts(self) -> None:
         chance = random.Random(f"cuts {self.seed}")
         pace = chance.choice([0.0, 0.03, 0.1])
         while pace:
             await asyncio.sleep(chance.expovariate(pace))
             seconds = chance.choice([0.5, 3.0, 11.0, 30.0])
-            for machine in self.world.machines:
+            machines = self.world.machines
+            if self.own_places:  # (what they share is the server's machine)
+                machines = [place.machine for place in self.world.places if place.lives and chance.random() < 0.7]
+            for machine in machines:
                 for up in chance.choice([(True,), (False,), (True, False)]):
                     self.world.network.cut(machine, up, seconds)
 
@@ -245,7 +263,7 @@ class Life:
         pace = chance.choice([0.0, 0.0, 0.05])
         while pace:
             await asyncio.sleep(chance.expovariate(pace))
-            agent = self.world.agent()
+            agent = self.some_agent(chance)
             party = agent.party if agent is not None and chance.random() < 0.7 else self.server and self.server.party
             if not party or party.ended:
                 continue
@@ -269,38 +287,55 @@ class Life:
             await asyncio.sleep(1.0)
 
     def disorder(self) -> str:
-        server, process = self.server, self.world.agent()
+        server = self.server
         assert server is not None
         if server.party.ended:
             return "the server is gone"
-        if not server.serves or process is None or process.agent is None:
-            return "server or agent is not there yet"
+        if not server.serves:
+            return "the server is not there yet"
         service = server.service
         assert service is not None
-        engine, agent = service.engine, process.agent
+        engine = service.engine
         if engine.stage != "running":
             return f"the app is {engine.stage}"
         if engine._passing or engine._deferred or not service._inbox.empty():
             return "the flow is busy"
-        if agent.spec.epoch != engine.agents["local"].epoch:
-            return "the agent is an old one"
+        newest = {process.spec.agent: process for process in self.world.living()}
+        for name, agent in engine.agents.items():
+            process = newest.get(name)
+            if name == "local" or agent.up:
+                if process is None or process.agent is None:
+                    return f"agent {name} is not there yet"
+                if process.spec.epoch != agent.epoch:
+                    return f"agent {name} is an old one"
+                if process.agent._outbox.acked != process.agent._outbox.seq:
+                    return f"the outbox of {name} is not empty"
+                there = {work.spec.name for work in engine.works.values() if work.agent == name}
+                if set(process.agent.works) - there:
+                    return f"{set(process.agent.works) - there} are still on the agent {name}"
+            elif agent.launching or agent.expected:
+                return f"agent {name} is being launched or found"
         for name, work in engine.works.items():
             call = work.book.shown
             if (work.book.queue or work.book.current is not None) and not self.stays(name, work):
                 return f"{name} is at {call}, and {work.book.queue} wait"
+            if work.release_at is not None:
+                return f"the place of {name} is to be given back"
             if not work.placed:
                 continue
-            if name not in agent.works:
-                return f"{name} is not on the agent"
+            process = newest.get(work.agent)
+            if process is None or process.agent is None or name not in process.agent.works:
+                return f"{name} is not on its agent"
+            live = process.agent.works[name].live
             vars = engine.tree.get(work.spec.pointer)["vars"]
-            if agent.works[name].live.view() != vars:
-                return f"vars of {name}: {agent.works[name].live.view()} on the agent, {vars} in the tree"
-            if agent.works[name].live.pending:
-                return f"{name}: {agent.works[name].live.pending} wait for their echo"
-        if set(agent.works) - set(engine.works):
-            return f"{set(agent.works) - set(engine.works)} are still on the agent"
-        if agent._outbox.acked != agent._outbox.seq:
-            return "the outbox is not empty"
+            if live.view() != vars:
+                return f"vars of {name}: {live.view()} on the agent, {vars} in the tree"
+            if live.pending:
+                return f"{name}: {live.pending} wait for their echo"
+        for place in self.world.places:
+            known = engine.agents.get(place.agent)
+            if place.lives and (known is None or not known.up or place.epoch != known.epoch):
+                return f"the place of {place.agent}, {place.machine.name}, is still there"
         wanted = {work.book.current for work in engine.works.values()}
         for script in self.world.scripts():
             if script.lives and script.call not in wanted and not self.abandoned(script):
@@ -377,7 +412,8 @@ class Life:
             self.world.fail(f"{call} has another exit code than its script: {script and script.exit}")
         if call.reason in ("exception", "signal"):
             self.world.fail(f"{call}: {call.message}")
-        if call.reason == "lost" and on_lost == "wait" and self.shared:
+        gone = self.own_places and (script is None or script.machine in self.crashed)
+        if call.reason == "lost" and on_lost == "wait" and self.shared and not gone:
             self.world.fail(f"{call} is called lost, its script ended with {script and script.exit}")
         if call.restarts and on_lost != "restart":
             self.world.fail(f"{call} was started again")
@@ -437,7 +473,7 @@ class Life:
         """The failures."""
         with simulation(self.seed, limit=STORM + REST + 200.0) as loop:
             world = self.world = World(
-                loop, self.folder, self.seed, shared=self.shared, rate=self.rate,
+                loop, self.folder, self.seed, shared=self.shared, own_places=self.own_places, rate=self.rate,
                 make_flow=Lab, behave=self.behave, started=self.started,
             )  # fmt: skip
             try:
