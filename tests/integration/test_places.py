@@ -165,6 +165,7 @@ def test_a_place_that_ends_takes_its_script_and_the_retry_gets_another(app: Plac
     app.set("/vars/want", ["trainer", "again"])
     app.until("trainer", "running")
     app.until("again", "running")
+    wait_until(lambda: "line 1\n" in app.log("again"), what="the log's first lines are here")
     first = app.places()
     for place in first.values():
         os.kill(int(str(place["place_pid"])), signal.SIGKILL)
