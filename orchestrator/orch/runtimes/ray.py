@@ -16,6 +16,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -341,8 +342,11 @@ def _own_folders() -> list[str]:
 
 
 def _own_needs() -> list[str]:
-    """What these need, without extras."""
-    return [line for line in importlib.metadata.requires("orch") or [] if "extra ==" not in line]
+    """What these need; of extras only what a Drive in a bucket needs, if it is here."""
+    needs = [line.partition(";") for line in importlib.metadata.requires("orch") or []]
+    core = ["".join(parts) for parts in needs if "extra" not in parts[2]]
+    bucket = [parts[0].strip() for parts in needs if re.search(r"""extra == ['"]s3['"]""", parts[2])]
+    return core + (bucket if importlib.util.find_spec("obstore") is not None else [])
 
 
 class _Gone(Exception):
