@@ -85,6 +85,7 @@ def _start(stdin: IO[bytes]) -> int:
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ[CONFIG_VARIABLE] = os.path.expanduser(HEAD_CONFIG)
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+    os.environ["ORCH_BACKUP"] = wanted.pop("backup")
     os.environ.setdefault("AWS_DEFAULT_REGION", wanted.pop("region"))
     options = RunOptions(
         app_file=folder.root / wanted.pop("app_file"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["TRUST", "flow_policy", "work_policy"]
+__all__ = ["TRUST", "flow_policy", "flow_prefix", "work_policy"]
 
 VERSION = "2012-10-17"
 
@@ -16,20 +16,25 @@ TRUST: dict[str, Any] = {
 }
 
 
-def _drive(bucket: str, prefix: str, partition: str) -> list[dict[str, Any]]:
+def flow_prefix(prefix: str) -> str:
+    """Where in the Drive's bucket the Flow VM keeps what Work VMs shall not read: the copy of the journal."""
+    return f"{prefix}-flow" if prefix else "orch-flow"
+
+
+def _drive(bucket: str, prefix: str, partition: str, *, sid: str = "Drive") -> list[dict[str, Any]]:
     arn = f"arn:{partition}:s3:::{bucket}"
     below = f"{prefix}/*" if prefix else "*"
     return [
         {
-            "Sid": "DriveList",
+            "Sid": f"{sid}List",
             "Effect": "Allow",
             "Action": ["s3:ListBucket", "s3:ListBucketMultipartUploads"],
             "Resource": arn,
             "Condition": {"StringLike": {"s3:prefix": [below]}},
         },
-        {"Sid": "DriveRegion", "Effect": "Allow", "Action": ["s3:GetBucketLocation"], "Resource": arn},
+        {"Sid": f"{sid}Region", "Effect": "Allow", "Action": ["s3:GetBucketLocation"], "Resource": arn},
         {
-            "Sid": "DriveFiles",
+            "Sid": f"{sid}Files",
             "Effect": "Allow",
             "Action": [
                 "s3:GetObject",
@@ -51,7 +56,7 @@ def work_policy(bucket: str, prefix: str, *, partition: str = "aws") -> dict[str
 def flow_policy(
     bucket: str, prefix: str, *, cluster: str, region: str, account: str, work_role: str, partition: str = "aws"
 ) -> dict[str, Any]:
-    """Of the Flow VM: the Drive, and making and ending the machines of its own cluster."""
+    """Of the Flow VM: the Drive, the journal's copy, and making and ending the machines of its own cluster."""
     ec2 = f"arn:{partition}:ec2:{region}"
     tagged = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": cluster}}
     named = {"StringEquals": {"aws:RequestTag/ray-cluster-name": cluster}}
@@ -101,4 +106,8 @@ def flow_policy(
             "Condition": {"StringEquals": {"iam:PassedToService": "ec2.amazonaws.com"}},
         },
     ]  # fmt: skip
-    return {"Version": VERSION, "Statement": [*statements, *_drive(bucket, prefix, partition)]}
+    files = [
+        *_drive(bucket, prefix, partition),
+        *_drive(bucket, flow_prefix(prefix), partition, sid="Journal"),
+    ]
+    return {"Version": VERSION, "Statement": [*statements, *files]}

@@ -28,6 +28,7 @@ from orch.cloud.apps import CloudApp, find_app, remember
 from orch.cloud.aws import Account, CloudError, explained_text
 from orch.cloud.cluster import Found, Made, cluster_config, cluster_name
 from orch.cloud.plan import FLOW, Image, Plan, make_plan
+from orch.cloud.policies import flow_prefix
 from orch.cloud.remote import Remote, free_port
 from orch.cloud.wheel import build_wheel
 from orch.errors import OrchError, RuntimeLost, UsageError
@@ -323,7 +324,9 @@ def start_app(
         pack(app_dir, package, "app")
         stream = tempfile.TemporaryFile()
         with stream:
-            stream.write(json.dumps({**wanted, "drive": app.drive, "region": app.region}).encode() + b"\n")
+            backup = f"s3://{app.bucket}/{flow_prefix(app.prefix)}"
+            given = {**wanted, "drive": app.drive, "region": app.region, "backup": backup}
+            stream.write(json.dumps(given).encode() + b"\n")
             with package.open("rb") as file:
                 shutil.copyfileobj(file, stream)
             stream.flush()
