@@ -199,3 +199,47 @@ def test_a_machine_is_lost_and_replaced(app: RayApp, machine: Callable[..., Node
     assert again != script and app.handle("far")["node"] != first["node"]
     app.go("far")
     app.until("far", "succeeded")
+
+
+PAIR = """
+from orch import App, CloudCompute, Flow, ScriptWork
+
+
+class Root(Flow):
+    def __init__(self):
+        super().__init__()
+        pair = CloudCompute("pair", cpus=0, count=2)
+        self.plain = ScriptWork("sums.py", parallel=True, raise_exception=False, cloud_compute=pair)
+        self.torchrun = ScriptWork(
+            "torchrun --nnodes $NUM_NODES --node-rank $NODE_RANK --master-addr $MASTER_ADDR --master-port $MASTER_PORT"
+            " sums.py", shell=True, parallel=True, raise_exception=False,
+            cloud_compute=CloudCompute("pair", cpus=0, count=2, idle_timeout=0))
+
+    def run(self):
+        if self.torchrun.run().done:
+            self.plain.run()
+
+
+app = App(Root())
+"""
+SUMS = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+value = torch.tensor([float(dist.get_rank() + 1)])
+dist.all_reduce(value)
+print("rank", dist.get_rank(), "of", dist.get_world_size(), "sum", value.item(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_script_of_torch_distributed_runs_on_two_machines(app: RayApp, machine: Callable[..., Node]) -> None:
+    (app.folder / "app.py").write_text(PAIR)
+    (app.folder / "sums.py").write_text(SUMS)
+    for _ in range(2):
+        machine(resources={"orch_pair": 1})
+    app.start()
+    for name in ("torchrun", "plain"):
+        app.until(name, "succeeded", 120)
+        assert "rank 0 of 2 sum 3.0" in app.log(name)
+        assert "rank 1 of 2 sum 3.0" in app.log(f"{name}~1")
