@@ -142,11 +142,11 @@ class Link:
 
     async def close(self) -> None:
         self.sender.cancel()
-        closing = [self.peer.close, self.poll_peer.close]
-        if self.mirror is not None:
-            closing.append(self.mirror.close)
         # In threads: where a machine does not answer, a request that is under way cannot be broken off at once.
-        await asyncio.gather(*map(asyncio.to_thread, closing))
+        closing = [asyncio.to_thread(self.peer.close), asyncio.to_thread(self.poll_peer.close)]
+        if self.mirror is not None:
+            closing.append(self.mirror.close())
+        await asyncio.gather(*closing)
 
 
 class Links:
@@ -417,15 +417,12 @@ class Links:
         link.heard = time.monotonic()
         link.unanswered = link.gone = None
         link.attached = True
-        if not link.runtime.shared_files and link.mirror is None:
-            link.mirror = LogMirror(self._server.folder.logs)
-        if link.mirror is not None:
-            link.mirror.follow(handle["url"], handle["token"])
+        if (mirror := self._mirror(link, handle)) is not None:
             for report in known.works:
                 if report.call is not None:
-                    link.mirror.add(report.work, report.call, ended=report.stage == "ended")
+                    mirror.add(report.work, report.call, ended=report.stage == "ended")
         host = urlsplit(handle["url"]).hostname or ""
-        since = 0 if link.runtime.shared_records else handle.get("since", handle["epoch"])
+        since = 0 if link.runtime.shared_records else _since(handle)
         epoch = handle["epoch"]
         self._server.put(e.AgentUp(agent=agent, epoch=epoch, status=known, rev=rev, host=host, since=since, dead=dead))
         link.wake.set()
@@ -442,9 +439,19 @@ class Links:
                 self._tokens[agent], self._epochs[agent] = left["token"], left["epoch"]
                 if known is not None and known.expected:
                     link.handle = left
+                    self._mirror(link, left)
                 else:
                     self._leave(link, left)
         return self._links[agent]
+
+    def _mirror(self, link: Link, handle: Handle) -> LogMirror | None:
+        """Where the logs are that it brings here, if they are on another machine."""
+        if link.runtime.shared_files:
+            return None
+        if link.mirror is None:
+            link.mirror = LogMirror(self._server.folder.logs)
+        link.mirror.follow(handle["url"], handle["token"], _since(handle))
+        return link.mirror
 
     # -- told ---------------------------------------------------------------------------------------------------------
 
@@ -730,6 +737,8 @@ class Links:
     async def _release(self, link: Link, handle: Handle | None, grace: float) -> None:
         async with link.turn:
             if handle in link.former:
+                if link.mirror is not None:
+                    link.mirror.hurry = True
                 await self._end(link, handle, kill=False, timeout=grace + AGENT_STOP)
             await self._clear(link)
             engine, agent = self._server.engine, link.agent
@@ -781,6 +790,11 @@ class Links:
     def _cancel_tasks(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+
+
+def _since(handle: Handle) -> int:
+    """The first incarnation in its place."""
+    return int(handle["since"] if "since" in handle else handle["epoch"])
 
 
 def _decoded(kind: type[T], body: bytes) -> T | None:

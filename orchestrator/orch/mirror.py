@@ -34,15 +34,23 @@ class LogMirror:
         self._logs = logs
         self._peer = HttpPeer(TIMEOUT, name="orch-logs")
         self._url = self._token = ""
+        self._place = 0
+        self._closed = False
+        self.hurry = False
+        """The agent is about to leave."""
+        self._told = ""
         self._open: dict[tuple[str, str], None] = {}
         self._ended: set[tuple[str, str]] = set()
         self._turn = asyncio.Lock()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    def follow(self, url: str, token: str) -> None:
-        """Where the agent is now."""
-        self._url, self._token = url, token
+    def follow(self, url: str, token: str, place: int) -> None:
+        """Where the agent is now. In another place there is nothing of what was written in the one before."""
+        if place != self._place:
+            self._open.clear()
+            self._ended.clear()
+        self._url, self._token, self._place = url, token, place
         self._wake.set()
 
     def add(self, work: str, call: str, *, ended: bool = False) -> None:
@@ -67,16 +75,17 @@ class LogMirror:
         self.add(work, call, ended=True)
         try:
             async with asyncio.timeout(PATIENCE):
-                while (work, call) in self._open:
+                while (work, call) in self._open and not self._closed:
                     if not await self._bring(work, call):
                         await asyncio.sleep(SOON)
         except TimeoutError:
-            log.warning("the log of %s is not complete yet: its machine does not answer", call)
+            log.warning("the log of %s is not complete yet", call)
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        self._closed = True
         if self._task is not None:
             self._task.cancel()
-        self._peer.close()
+        await asyncio.to_thread(self._peer.close)
 
     async def _run(self) -> None:
         delay = SOON
@@ -84,7 +93,7 @@ class LogMirror:
             grown = False
             for work, call in list(self._open):
                 grown |= bool(await self._bring(work, call))
-            delay = SOON if grown else min(LATE, delay * 1.5)
+            delay = SOON if grown or self.hurry else min(LATE, delay * 1.5)
             self._wake.clear()
             try:
                 async with asyncio.timeout(delay if self._open else None):
@@ -98,26 +107,36 @@ class LogMirror:
         answer."""
         grown = False
         async with self._turn:
-            while (work, call) in self._open:
-                offset = self.size(work, call)
+            while (work, call) in self._open and not self._closed:
+                place = self._place
                 try:
+                    offset = self.size(work, call)
                     status, data = await self._peer.get(
                         f"{self._url}/v1/logs/{work}/{call}?offset={offset}", self._token
                     )
+                    if (status != 200 and status != 404) or place != self._place:
+                        return None
+                    if status == 200 and data:
+                        grown = True
+                        await asyncio.to_thread(_append, self._path(work, call), data)
+                        continue
                 except (OSError, http.client.HTTPException) as error:
-                    log.debug("log of %s: %s", call, error)
+                    self._tell(call, error)
                     return None
-                if status != 200 and status != 404:
-                    return None
-                if status == 200 and data:
-                    grown = True
-                    await asyncio.to_thread(_append, self._path(work, call), data)
-                    continue
                 if (work, call) in self._ended:
                     self._ended.discard((work, call))
                     del self._open[work, call]
                 return grown
         return grown
+
+    def _tell(self, call: str, error: Exception) -> None:
+        """A disk that is full is worth a line; an agent that does not answer is somebody else's business."""
+        path = getattr(error, "filename", None)
+        if path is None:
+            log.debug("log of %s: %s", call, error)
+        elif str(error) != self._told:
+            self._told = str(error)
+            log.warning("the log of %s cannot be written, trying again: %s", call, error)
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -40,7 +40,7 @@ class Root(Flow):
 
     def run(self):
         while len(self.jobs) < self.jobs_wanted:
-            self.jobs.append(ScriptWork("train.py job", parallel=True, grace=1.0))
+            self.jobs.append(ScriptWork("train.py job", parallel=True, grace=2.0))
         while len(self.jobs) > self.jobs_wanted:
             self.jobs.pop()
         for job in self.jobs:
@@ -54,7 +54,9 @@ class Root(Flow):
 app = App(Root())
 """
 TRAIN = """
-import json, os, pathlib, sys, time, urllib.request
+import json, os, pathlib, signal, sys, time, urllib.request
+if sys.argv[1:] == ["job"]:
+    signal.signal(signal.SIGTERM, lambda *_: (print("farewell", flush=True), os._exit(0)))
 print("in", os.getcwd(), flush=True)
 go = pathlib.Path(os.environ["TEST_GO"])
 n = 0
@@ -262,10 +264,12 @@ def test_a_removed_work_gives_its_place_back(app: PlacesApp) -> None:
     app.set("/vars/jobs_wanted", 2)
     wait_until(lambda: "jobs.1" in app.get("/status")["works"], what="they are made by the next pass")
     app.until("jobs.0", "running")
-    app.until("jobs.1", "running")
+    wait_until(lambda: "line 1" in app.log("jobs.1"), 20, what="jobs.1 runs")
     app.set("/vars/jobs_wanted", 1)
     wait_until(lambda: list(app.places()) == ["jobs.0"], 20, what=lambda: str(app.places()))
     assert len(app.get("/status")["agents"]) == 2, "the pages' and that of jobs.0"
+    (log,) = (app.folder / ".orch" / "logs" / "jobs.1").glob("*.log")
+    assert log.read_text().endswith("farewell\n")
     app.set("/vars/jobs_wanted", 2)
     wait_until(lambda: "jobs.2" in app.get("/status")["works"], what="it is made by the next pass")
     app.until("jobs.2", "running")

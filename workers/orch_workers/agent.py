@@ -530,10 +530,10 @@ class Agent:
         except FileNotFoundError:
             raise NotFound(f"there is no log {work}/{call}") from None
 
-    def _log_from(self, call: str) -> int:
-        """Where the log begins that is here: with the first attempt that was started here."""
-        starts = [attempt.start for attempt in self.attempts.values() if attempt.start.call == call]
-        return min(starts, key=lambda start: start.attempt).log_from if starts else 0
+    def _log_from(self, call: str, new: int = 0) -> int:
+        """Where the log begins that is here: with the first attempt that was started here, and all later ones say so
+        too, because records are pruned. `new`: of a first one."""
+        return next((a.start.log_from for a in self.attempts.values() if a.start.call == call), new)
 
     def _log_file(self, work: str, call: str) -> Path:
         return Path(self.spec.orch_dir, "logs", work, f"{call}.log")
@@ -813,9 +813,8 @@ class Agent:
             return f"{start.work} is not placed on this agent"
         if work.attempt is not None and order_of(work.attempt.start) > order_of(start):
             return f"{work.attempt.key} came after it"  # a message that was under way for long
-        record = AttemptRecord(
-            agent=self.spec.agent, run=self.spec.run, start=msgspec.structs.replace(start, secrets={})
-        )
+        kept = msgspec.structs.replace(start, secrets={}, log_from=self._log_from(start.call, start.log_from))
+        record = AttemptRecord(agent=self.spec.agent, run=self.spec.run, start=kept)
         try:
             self.records.write_attempt(record)
         except OSError as error:
