@@ -334,6 +334,8 @@ class Life:
                 return f"{name}: {live.pending} wait for their echo"
         for place in self.world.places:
             known = engine.agents.get(place.agent)
+            if known is None and not place.told:
+                continue  # its server was killed before it could know of it: it ends by itself, much later
             if place.lives and (known is None or not known.up or place.epoch != known.epoch):
                 return f"the place of {place.agent}, {place.machine.name}, is still there"
         wanted = {work.book.current for work in engine.works.values()}

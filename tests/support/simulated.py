@@ -731,6 +731,8 @@ class SimPlace:
         self.machine = world.machine()
         self.since = 0
         self.process: AgentProcess | None = None
+        self.told = False
+        """A server has got its handle."""
         self.given_up = False
         """It could not be reached when it was to end: the engine knows nothing of it any more."""
         world.places.append(self)
@@ -811,6 +813,7 @@ class PlacesRuntime(SimRuntime):
                 place.end()
             raise
         world.handles[spec.agent] = handle = {**found, "since": place.since}
+        place.told = True
         return handle
 
     def _taken(self, agent: str) -> SimPlace | None:

@@ -218,9 +218,9 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def finish(self) -> None:
         """End every task, also those of parties that were killed, and close."""
         self.limit = float("inf")
-        for party in self.parties:
-            party.release()
         for _ in range(100):
+            for party in self.parties:  # (one may end others)
+                party.release()
             left = asyncio.all_tasks(self)
             if not left:
                 break
