@@ -1692,8 +1692,10 @@ class Engine:
     def _stop_app(self, event: StopApp, now: float) -> None:
         if event.kill and self._stop_deadline is not None:
             self._exit(kill=True)
+        elif self._alive and event.code:
+            self._fail_app(event.message, now)
         elif self._alive:
-            self._end_app(event.code, event.message, now)
+            self._end_app(0, event.message, now)
         self._answer(event, {"stage": self.stage})
 
     def _maybe_exit(self, now: float) -> None:

@@ -228,9 +228,13 @@ class Links:
         """This machine's agent: adopt the one that an earlier server left here, or stop it and launch a new one."""
         runtime, console = self._server.runtime_of(LOCAL), self._server.console
         if not self._cut_off:
-            for other in self._server.runtimes():
-                for line in await other.sweep():
-                    console.note(line)
+            try:
+                for other in self._server.runtimes():
+                    for line in await other.sweep():
+                        console.note(line)
+            except RuntimeLost as error:  # there is nowhere to run anything
+                self._server.put(e.StopApp(code=1, message=error.line))
+                return None
         self._swept.set()
         left = runtime.found(LOCAL)
         if left is not None and self._cut_off:

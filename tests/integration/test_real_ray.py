@@ -201,6 +201,12 @@ def test_a_machine_is_lost_and_replaced(app: RayApp, machine: Callable[..., Node
     app.until("far", "succeeded")
 
 
+def test_a_cluster_that_is_not_there_is_told_at_once(app: RayApp) -> None:
+    process = app.spawn("--ray", "127.0.0.1:1")
+    assert process.wait(60) == 1
+    assert "no Ray cluster at 127.0.0.1:1" in app.output()
+
+
 PAIR = """
 from orch import App, CloudCompute, Flow, ScriptWork
 
