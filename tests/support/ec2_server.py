@@ -20,7 +20,7 @@ os.environ["MOTO_IAM_LOAD_MANAGED_POLICIES"] = "true"
 
 import moto.ec2.models.elastic_network_interfaces as interfaces
 from moto.core.common_models import BackendDict
-from moto.ec2.models import ec2_backends
+from moto.ec2.models import EC2Backend, ec2_backends
 from moto.ec2.responses.instances import InstanceResponse
 from moto.iam.models import iam_backends
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -41,6 +41,22 @@ _get_param = InstanceResponse._get_param
 InstanceResponse._get_param = lambda self, name, if_none=None: _get_param(
     self, "MaxCount" if name == "MinCount" else name, if_none
 )
+
+
+# Every machine that a call launches has the profile; moto gives it to the first.
+_run_instances = EC2Backend.run_instances
+
+
+def run_instances(self: EC2Backend, *args: Any, **words: Any) -> Any:
+    made = _run_instances(self, *args, **words)
+    for instance in made.instances[1:]:
+        self.associate_iam_instance_profile(
+            instance_id=instance.id, iam_instance_profile_arn=words["iam_instance_profile_arn"]
+        )
+    return made
+
+
+EC2Backend.run_instances = run_instances
 
 
 def _backend(backends: BackendDict[Any], region: str) -> Any:
@@ -74,7 +90,8 @@ def publish(name: str, value: str) -> None:
 class Metadata:
     """http://169.254.169.254, version 2: a token first, then what the asking machine may know."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[dict[str, str]], object]) -> None:
+        self._tell = tell
         self._lock = threading.Lock()
         self._sessions: dict[str, dict[str, str]] = {}
 
@@ -115,6 +132,7 @@ class Metadata:
                     region_name=REGION, role_session_name=instance, role_arn=role, policy=None, duration=3600,
                     external_id=None,
                 )  # fmt: skip
+                self._tell({"session": made.access_key_id, "role": role.rpartition("/")[2], "instance": instance})
                 self._sessions[instance] = {
                     "Code": "Success",
                     "Type": "AWS-HMAC",
@@ -132,8 +150,8 @@ class Front:
 
     def __init__(self, moto: Callable[..., Iterable[bytes]], log: str) -> None:
         self._moto = moto
-        self._metadata = Metadata()
         self._log = open(log, "a", buffering=1)
+        self._metadata = Metadata(self._tell)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ.get("HTTP_HOST", "").partition(":")[0] == "169.254.169.254":
@@ -161,7 +179,9 @@ class Front:
             action = parse_qs(body.decode()).get("Action", [action])[0]
         elif "HTTP_X_AMZ_TARGET" in environ:
             action = environ["HTTP_X_AMZ_TARGET"].rpartition(".")[2]
-        line = {"from": environ["REMOTE_ADDR"], "key": scope[0], "service": scope[3], "action": action}
+        self._tell({"from": environ["REMOTE_ADDR"], "key": scope[0], "service": scope[3], "action": action})
+
+    def _tell(self, line: dict[str, str]) -> None:
         self._log.write(json.dumps(line) + "\n")
 
 

@@ -190,6 +190,10 @@ class World:
             os.killpg(self._server.pid, signal.SIGKILL)
             self._server.wait()
         for place in (self.laptop, self.cloud):
+            done = subprocess.run(["ip", "netns", "pids", place.name], capture_output=True, text=True)
+            for pid in done.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             with contextlib.suppress(RuntimeError):
                 _ip("netns", "del", place.name)
 
@@ -246,6 +250,13 @@ class World:
 
     def asked(self) -> list[dict[str, str]]:
         """Every signed request so far: from, key, service, action."""
+        return [line for line in self._told() if "action" in line]
+
+    def role_of(self, key: str) -> str:
+        """The role whose credentials, as a machine got them, these are; empty if it is none."""
+        return next((line["role"] for line in self._told() if line.get("session") == key), "")
+
+    def _told(self) -> list[dict[str, str]]:
         return [json.loads(line) for line in self.requests.read_text().splitlines()]
 
     # ---- its machines -----------------------------------------------------------------------------------------------
