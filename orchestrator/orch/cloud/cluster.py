@@ -74,7 +74,7 @@ def cluster_config(plan: Plan, made: Made) -> dict[str, Any]:
         node = _node(plan, made, machine, made.work_profile, resources=resources, workers=machine.limit)
         types[_node_name(machine)] = {**node, "idle_timeout_s": LINGER}
     env = 'export PATH="$(cat ~/.orch-path)/bin:$PATH" RAY_AUTH_MODE=token'
-    start = f"--object-store-memory={OBJECT_STORE} --disable-usage-stats"
+    start = f"--object-store-memory={OBJECT_STORE} --disable-usage-stats --include-log-monitor=false"
     return {
         "cluster_name": cluster_name(plan.slug),
         "max_workers": sum(machine.limit for machine in plan.machines),
