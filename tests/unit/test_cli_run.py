@@ -85,7 +85,6 @@ def test_options_survive_the_way_to_the_background(app_folder: Path) -> None:
         (["a.py", "b.py"], ["one app file", "a.py b.py", "`--`"]),
         (["notes.txt"], ["notes.txt is no Python file"]),
         (["my-app.py"], ["my-app.py cannot be imported"]),
-        (["--cloud"], ["--cloud aws is not in this version", "not in this version"]),
         (["--cloud", "app.py"], ["--cloud knows aws, not 'app.py'"]),
         (["--port", "x"], ["--port 'x' is not a port"]),
         (["--port", "65536"], ["--port '65536' is not a port"]),

@@ -18,7 +18,8 @@ TRUST: dict[str, Any] = {
 
 def flow_prefix(prefix: str) -> str:
     """Where in the Drive's bucket the Flow VM keeps what Work VMs shall not read: the copy of the journal."""
-    return f"{prefix}-flow" if prefix else "orch-flow"
+    # No app's name begins with a dot: the copy of one is never the Drive of another.
+    return f".flow/{prefix}" if prefix else ".flow"
 
 
 def _drive(bucket: str, prefix: str, partition: str, *, sid: str = "Drive") -> list[dict[str, Any]]:
@@ -49,8 +50,14 @@ def _drive(bucket: str, prefix: str, partition: str, *, sid: str = "Drive") -> l
 
 
 def work_policy(bucket: str, prefix: str, *, partition: str = "aws") -> dict[str, Any]:
-    """Of a Work VM: the Drive, nothing else."""
-    return {"Version": VERSION, "Statement": _drive(bucket, prefix, partition)}
+    """Of a Work VM: the Drive, nothing else; not the copy of the journal, though the Drive were the whole bucket."""
+    hidden: dict[str, Any] = {
+        "Sid": "NotTheJournal",
+        "Effect": "Deny",
+        "Action": ["s3:*"],
+        "Resource": f"arn:{partition}:s3:::{bucket}/{flow_prefix('')}/*",
+    }
+    return {"Version": VERSION, "Statement": [*_drive(bucket, prefix, partition), hidden]}
 
 
 def flow_policy(
