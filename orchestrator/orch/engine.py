@@ -386,7 +386,8 @@ class Engine:
         dues = [s.due for s in self.schedules.values() if not s.ticked] if self.stage == "running" else []
         for work in self._all():
             current = work.book.current
-            if current is not None and not work.live and not work.placing:  # (placed, it goes on by itself)
+            busy = any(each.placing or each.live for each in (work, *work.parts))  # (then it goes on by itself)
+            if current is not None and not busy:
                 due = work.book.calls[current].due
                 if due is not None:
                     dues.append(due)
@@ -581,6 +582,8 @@ class Engine:
             self._emit(Note(level="info", text=f"{item.work}: a late report was dropped, the work was removed"))
             return 0
         match item:
+            case VarOps() if work.spec.hidden:
+                raise StateForbidden(f"{item.work} has no variables")
             case VarOps(call=call) if call is not None and call not in work.book.calls:
                 raise NotFound(f"there is no call {call!r} any more")
             case VarOps():
@@ -894,7 +897,7 @@ class Engine:
             cwd=spec.cwd,
             env={**self._ranks(work), **self.config.env, **spec.env},
             secrets={**self.config.secrets, **(self.config.page_secrets if spec.name in self.hidden else {})},
-            base_path=f"/view/{spec.name}" if not spec.hidden else f"/view/{spec.display_name}",
+            base_path=f"/view/{spec.display_name if spec.name in self.hidden else (work.main or work).spec.name}",
             prefix=spec.prefix,
             health=spec.health,
             timeout=spec.timeout,
@@ -925,7 +928,7 @@ class Engine:
         """It has finished and nothing waits: a place of its own is given back after a while."""
         idle = work.spec.compute.get("idle_timeout")
         for each in (work, *work.parts):
-            if self._apart(each) and each.placed and work.book.calls and each.release_at is None:
+            if self._apart(each) and each.placed and not each.live and work.book.calls and each.release_at is None:
                 each.release_at = now + (self.config.idle_timeout if idle is None else idle)
 
     def _release(self, work: KnownWork, grace: float = 0.0) -> None:

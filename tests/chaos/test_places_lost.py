@@ -7,9 +7,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from simulated import ServerProcess, SimPlace, World, simulate, until
+from simulated import Behaviour, Script, ServerProcess, SimPlace, World, simulate, until
 
-from orch import Dict, Flow, ScriptWork
+from orch import CloudCompute, Dict, Flow, ScriptWork
 from orch.calls import Call
 
 
@@ -35,6 +35,18 @@ class Named(Flow):
         if self.mode:
             self.waits.run(self.mode)
             self.leased.run(self.mode)
+
+
+class Pair(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = ScriptWork(
+            "true", parallel=True, raise_exception=False, retries=1, retry_delay=1.0, grace=5.0,
+            cloud_compute=CloudCompute(count=2, idle_timeout=1.0),
+        )  # fmt: skip
+
+    def run(self) -> None:
+        self.pair.run()
 
 
 class Nobody(Flow):
@@ -260,3 +272,42 @@ def test_an_attempt_that_was_never_started_is_started_by_the_next_agent_in_the_p
         assert (await at(server, "waits", "running")).attempt == 1
 
     simulate(tmp_path / "app", life, flow=Named, own_places=True)
+
+
+def stubborn(script: Script) -> Behaviour:
+    """The first machine's script fails, the other's does not hear that it is to end."""
+    if script.work == "pair":
+        return Behaviour(seconds=2.0, code=1)
+    return Behaviour(seconds=1e9, hears=None)
+
+
+def test_a_retry_on_several_machines_waits_for_the_slowest_end(tmp_path: Path) -> None:
+    async def life(world: World) -> None:
+        world.behave = stubborn
+        server = await serving(world)
+        assert (await at(server, "pair", "failed")).attempt == 2  # (endless work in one moment is an error)
+        starts = [(script.work, script.begin) for script in world.scripts()]
+        assert [work for work, _ in sorted(starts, key=lambda start: start[1])][2:] in (
+            ["pair", "pair~1"],
+            ["pair~1", "pair"],
+        )
+        assert max(at for _, at in starts) - min(at for _, at in starts) > 7.0
+        await until(lambda: not any(place.lives for place in world.places))
+
+    simulate(tmp_path / "app", life, flow=Pair, own_places=True)
+
+
+def test_the_places_of_several_machines_are_given_back_when_their_scripts_have_ended(tmp_path: Path) -> None:
+    async def life(world: World) -> None:
+        world.behave = stubborn
+        server = await serving(world)
+        await at(server, "pair", "running")
+        await server.ask(lambda service: service.stop_work("pair"))
+        await at(server, "pair", "stopped")
+        await until(lambda: not any(place.lives for place in world.places))
+        assert server.service is not None
+        (part,) = server.service.engine.parts.values()
+        assert part.book.shown is not None and part.book.shown.stage == "stopped" and not part.live
+        assert all(script.exit is not None for script in world.scripts())
+
+    simulate(tmp_path / "app", life, flow=Pair, own_places=True)
