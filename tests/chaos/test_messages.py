@@ -58,6 +58,10 @@ class Lab(Flow):
         self.uncached = ScriptWork("true", parallel=True, cache_calls=False, vars=vars, cloud_compute=soon, **some)
         self.replacing = ScriptWork("true", parallel=True, when_busy="replace", vars=vars, **some)
         self.blocking = ScriptWork("true", cache_calls=False, timeout=8.0, **some)
+        pair = CloudCompute(count=2, idle_timeout=2.0)
+        self.pair = ScriptWork(
+            "true", parallel=True, retries=1, on_lost="fail", lost_after=30.0, cloud_compute=pair, **some
+        )
         self.service = ServiceWork("true", grace=3.0, lost_after=30.0)
         self.leased = ScriptWork("true", parallel=True, on_lost="restart", lost_after=20.0, vars=vars, **some)
         self.failing = ScriptWork("true", parallel=True, on_lost="fail", lost_after=25.0, retries=1, vars=vars, **some)
@@ -88,6 +92,7 @@ class Lab(Flow):
         self.service.run(str(self.mode % 2))
         self.leased.run(str(self.mode))
         self.failing.run(str(self.mode))
+        self.pair.run(str(self.mode % 3))
         if self.click:  # (asked in every pass, what is not cached would never come to rest)
             self.uncached.run("clicked")
             self.blocking.run()
@@ -95,7 +100,7 @@ class Lab(Flow):
             self.click = False
 
 
-FIXED = ["cached", "uncached", "replacing", "blocking", "service", "leased", "failing"]
+FIXED = ["cached", "uncached", "replacing", "blocking", "service", "leased", "failing", "pair"]
 
 
 class Life:
@@ -129,7 +134,9 @@ class Life:
         return Behaviour(
             seconds=seconds,
             code=chance.choice([0, 0, 1]),
-            writes=None if service or script.work == "blocking" else chance.choice([None, seconds / 10 + 0.05, 3.0]),
+            writes=None
+            if service or script.work in ("blocking", "pair", "pair~1")
+            else chance.choice([None, seconds / 10 + 0.05, 3.0]),
             hears=chance.choice([0.0, 0.0, 1.0, None]),
             lingers=chance.choice([0.0, 0.0, 0.5]),
             listens=chance.choice([0.1, 3.0]) if service else None,
@@ -310,13 +317,13 @@ class Life:
                     return f"agent {name} is an old one"
                 if process.agent._outbox.acked != process.agent._outbox.seq:
                     return f"the outbox of {name} is not empty"
-                there = {work.spec.name for work in engine.works.values() if work.agent == name}
+                there = {work.spec.name for work in engine._all() if work.agent == name}
                 if set(process.agent.works) - there:
                     return f"{set(process.agent.works) - there} are still on the agent {name}"
             elif agent.launching or agent.expected:
                 return f"agent {name} is being launched or found"
-        for name, work in engine.works.items():
-            call = work.book.shown
+        for work in engine._all():
+            name, call = work.spec.name, work.book.shown
             if (work.book.queue or work.book.current is not None) and not self.stays(name, work):
                 return f"{name} is at {call}, and {work.book.queue} wait"
             if work.release_at is not None:
@@ -326,6 +333,8 @@ class Life:
             process = newest.get(work.agent)
             if process is None or process.agent is None or name not in process.agent.works:
                 return f"{name} is not on its agent"
+            if work.main is not None:
+                continue
             live = process.agent.works[name].live
             vars = engine.tree.get(work.spec.pointer)["vars"]
             if live.view() != vars:
@@ -338,7 +347,7 @@ class Life:
                 continue  # its server was killed before it could know of it: it ends by itself, much later
             if place.lives and (known is None or not known.up or place.epoch != known.epoch):
                 return f"the place of {place.agent}, {place.machine.name}, is still there"
-        wanted = {work.book.current for work in engine.works.values()}
+        wanted = {work.book.current for work in engine._all()}
         for script in self.world.scripts():
             if script.lives and script.call not in wanted and not self.abandoned(script):
                 return f"{script.key} lives, and nobody wants it"
@@ -406,6 +415,8 @@ class Life:
     def check_call(self, name: str, call: Any, on_lost: str) -> None:
         """What is told of a call is what its script did."""
         script = self.starts.get((call.id, call.attempt))
+        if name == "pair" and call.stage != "succeeded":
+            return  # what its other machine's script has done is told of it too
         if call.stage == "succeeded" and (script is None or script.exit is None or script.exit.exit_code != 0):
             self.world.fail(f"{call} succeeded, its script ended with {script and script.exit}")
         if call.reason == "exit_code" and (
