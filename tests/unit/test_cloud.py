@@ -19,6 +19,7 @@ import pytest
 from orch import CloudCompute
 from orch.cli import main
 from orch.cli.cloud_head import unpack
+from orch.cli.target import find_cloud
 from orch.cloud.apps import CloudApp, find_app, known, remember
 from orch.cloud.aws import explain, explained_text
 from orch.cloud.cluster import CONFIG_VARIABLE, Found, Made, cluster_config, facts_of_head
@@ -298,6 +299,24 @@ def test_what_is_remembered_is_for_its_user_alone(tmp_path: Path, monkeypatch: p
     assert find_app("my-app") == found and find_app("other") is None and known() == [found]
     with app.lock(), pytest.raises(UsageError, match="another command"), app.lock():
         pass
+
+
+def test_a_name_means_the_app_on_aws_unless_an_app_here_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    app = remember(
+        CloudApp(
+            name="studio", slug="studio", region="r", account="1", partition="aws", bucket="b", prefix="studio",
+            drive="s3://b/studio", app_file="/app.py",
+        )
+    )  # fmt: skip
+    (tmp_path / "studio").mkdir()
+    assert find_cloud("studio") == app
+    assert find_cloud("./studio") is None and find_cloud("other") is None
+    (tmp_path / "studio" / ".orch").mkdir()
+    assert find_cloud("studio") is None, "an app was run in that folder"
 
 
 @pytest.mark.parametrize(

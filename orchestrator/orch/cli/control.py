@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 from orch.cli.console import wants_browser
 from orch.cli.output import note
 from orch.cli.state import pointer_of
-from orch.cli.target import Target, app_argument, find_cloud, find_folder, find_target
+from orch.cli.target import Target, app_argument, at_cloud, find_cloud, find_folder, find_target
 from orch.errors import OrchError, UsageError
 from orch.processes import find, wait_gone
 
 if TYPE_CHECKING:
     from orch.client import Client
+    from orch.cloud.apps import CloudApp
 
 __all__ = [
     "dashboard",
@@ -174,11 +175,18 @@ def down(args: argparse.Namespace) -> int:
         if args.app is not None and args.app != args.name:
             raise UsageError(f"down: {args.name!r} and --app {args.app!r} are two apps", hint="name one of them")
         args.app = args.name
-    if args.app is not None and (cloud := find_cloud(args.app)) is not None:
+    cloud = None
+    if args.name is not None:
+        from orch.cloud.apps import find_app
+
+        cloud = find_app(args.name)
+    elif args.app is not None:
+        cloud = find_cloud(args.app)
+    if cloud is not None:
         from orch.cloud.up import take_down as take_down_machines
 
         with cloud.lock():
-            _stop_in_peace(args.app, args.timeout)
+            _stop_in_peace(cloud, args.timeout)
             take_down_machines(cloud, note_line, purge=args.purge)
         return 0
     if args.purge:
@@ -198,16 +206,18 @@ def down(args: argparse.Namespace) -> int:
     return 0
 
 
-def _stop_in_peace(name: str, timeout: float) -> None:
+def _stop_in_peace(cloud: CloudApp, timeout: float) -> None:
     """An app on AWS is asked to end, so that its works publish what they have; if it cannot be asked, its machines end
     all the same."""
     try:
-        target = find_target(name)
+        target = at_cloud(cloud)
         with target.client() as client:
             client.stop_app("orch down")
-        note_line(f"{name}: {'stopped' if _wait_unreachable(target, timeout) else 'does not end, its machines do now'}")
+        note_line(
+            f"{cloud.name}: {'stopped' if _wait_unreachable(target, timeout) else 'does not end, its machines do now'}"
+        )
     except OrchError as error:
-        note_line(f"{name}: not asked to stop: {error.message}")
+        note_line(f"{cloud.name}: not asked to stop: {error.message}")
 
 
 def note_line(line: str) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from orch.client import Client
     from orch.cloud.apps import CloudApp
 
-__all__ = ["Target", "app_argument", "find_cloud", "find_folder", "find_target", "read_arguments"]
+__all__ = ["Target", "app_argument", "at_cloud", "find_cloud", "find_folder", "find_target", "read_arguments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,7 @@ def find_target(app: str | None) -> Target:
     if app is not None and app.startswith(("http://", "https://")):
         return _at_url(app)
     if app is not None and (cloud := find_cloud(app)) is not None:
-        from orch.cloud.up import reach
-
-        reached = reach(cloud)
-        return Target(None, reached.url, reached.app.app_token)
+        return at_cloud(cloud)
     folder = find_folder(app)
     if not folder.serving():
         return Target(folder, None, None)
@@ -71,9 +68,21 @@ def find_target(app: str | None) -> Target:
     return Target(folder, info.url, folder.token())
 
 
+def at_cloud(app: CloudApp) -> Target:
+    """An app in a cloud, its port forwarded. Raises UsageError, RuntimeLost."""
+    from orch.cloud.up import reach
+
+    reached = reach(app)
+    return Target(None, reached.url, reached.app.app_token)
+
+
 def find_cloud(app: str) -> CloudApp | None:
-    """The app of that name that was started in a cloud from here, unless the words mean one of this machine."""
-    if Path(app).expanduser().exists() or any(k.name == app and AppFolder(k.folder).serving() for k in known_apps()):
+    """The app of that name that was started in a cloud from here, unless it means one of this machine: a path, the name
+    of one that runs, or of a folder here in which one was run."""
+    path = Path(app).expanduser()
+    if "/" in app or app in (".", "..") or path.is_file() or (path / ".orch").is_dir():
+        return None
+    if any(k.name == app and AppFolder(k.folder).serving() for k in known_apps()):
         return None
     from orch.cloud.apps import find_app
 

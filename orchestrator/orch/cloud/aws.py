@@ -348,11 +348,11 @@ class Account:
                 reply = cause.response.get("Error", {}) if isinstance(cause, ClientError) else {}
                 if reply.get("Code") == "DryRunOperation":
                     return
+                # "Value (arn:...) for parameter iamInstanceProfile.arn is invalid. Invalid IAM Instance Profile ARN"
                 new = (
                     reply.get("Code") == "InvalidParameterValue"
-                    and "nstance profile" in reply.get("Message", "").lower()
+                    and "nstanceprofile" in reply.get("Message", "").lower()
                 )
-                new = new or "iaminstanceprofile" in reply.get("Message", "").lower()
                 if not new or time.monotonic() > deadline:
                     raise
             if not told:

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -262,7 +263,7 @@ def _launch(config_file: Path, log: Path, say: Say) -> None:
                     say(last)
         code = child.wait()
     except BaseException:
-        child.terminate()
+        os.killpg(child.pid, signal.SIGTERM)  # with the ssh and rsync that it has started
         child.wait()
         raise
     if code != 0:
