@@ -58,6 +58,7 @@ AGENT_STOP = 5.0
 AGENT_TRIES = 3
 DRIVE_WITHIN = 5.0
 LISTEN_AGAIN = 2.0
+KILL_AGAIN = 10.0
 UNREADABLE = 422
 """HTTP status of a request that does not fit its message type: nothing of it was done."""
 
@@ -739,20 +740,26 @@ class Links:
         self._task(self._release(link, handle, grace), f"release-{agent}")
 
     async def _release(self, link: Link, handle: Handle | None, grace: float) -> None:
-        async with link.turn:
-            if handle in link.former:
-                if link.mirror is not None:
-                    link.mirror.hurry = True
-                await self._end(link, handle, kill=False, timeout=grace + AGENT_STOP)
-            await self._clear(link)
-            engine, agent = self._server.engine, link.agent
-            if agent in engine.agents or self._links.get(agent) is not link:
-                return
-            del self._links[agent]  # its Work was removed
-            if link.runtime.found(agent) is None:  # else it was out of reach: it is still to hear that it is refused
-                engine.forget_agent(agent)
-                engine.note_fact("agent_token", agent, None)
-                self._tokens.pop(agent, None)
+        while True:
+            async with link.turn:
+                if handle is not None and handle in link.former:
+                    if link.mirror is not None:
+                        link.mirror.hurry = True
+                    await self._end(link, handle, kill=False, timeout=grace + AGENT_STOP)
+                handle = None
+                await self._clear(link)
+                left = None if link.handle is not None else link.runtime.found(link.agent)
+                if left is None:
+                    break
+                link.former.append(left)  # out of reach
+            await asyncio.sleep(KILL_AGAIN)
+        engine, agent = self._server.engine, link.agent
+        if agent in engine.agents or self._links.get(agent) is not link:
+            return
+        del self._links[agent]  # its Work was removed
+        engine.forget_agent(agent)
+        engine.note_fact("agent_token", agent, None)
+        self._tokens.pop(agent, None)
         await link.close()
 
     async def end(self, *, kill: bool) -> None:

@@ -158,6 +158,27 @@ def test_the_place_of_a_removed_work_ends_though_the_server_is_killed(tmp_path: 
     simulate(tmp_path / "app", life, flow=Named, own_places=True, hears=None)
 
 
+def test_a_place_that_is_out_of_reach_when_it_is_to_end_is_ended_later(tmp_path: Path) -> None:
+    """Its agent is dead: nobody is there who could hear that it is refused."""
+
+    async def life(world: World) -> None:
+        world.frees = 0.0
+        server = await serving(world)
+        await at(server, "named.a", "running")
+        old = place(world, "named.a")
+        for up in (True, False):
+            world.network.cut(old.machine, up, 60.0)
+        old.process.party.kill()
+        await write(server, "there", False)
+        await asyncio.sleep(50.0)
+        assert old.lives
+        await until(lambda: not old.lives)
+        assert server.service is not None
+        await until(lambda: not server.service.engine.released)
+
+    simulate(tmp_path / "app", life, flow=Named, own_places=True)
+
+
 def test_a_work_that_comes_back_is_not_given_the_place_of_its_predecessor(tmp_path: Path) -> None:
     async def life(world: World) -> None:
         server = await serving(world)
