@@ -33,6 +33,8 @@ STORM = 60.0
 """Virtual seconds in which anything may happen."""
 REST = 400.0
 """Virtual seconds after which everything is in order again."""
+SLACK = 20.0
+"""Virtual seconds after which what was due has been done."""
 DONE = ("succeeded", "failed", "stopped")
 
 
@@ -121,6 +123,7 @@ class Life:
         self.maybe: set[tuple[int, int]] = set()
         self.quiet = False
         self.crashed: list[Machine] = []
+        self.unknown: dict[str, float] = {}
         self.agents_replaced = False
 
     # -- the world
@@ -289,9 +292,23 @@ class Life:
             if self.world.loop.now > deadline:
                 self.world.fail(f"it does not come to rest: {problem}")
                 return
+            self.leases_are_kept()
             if self.world.failures:
                 return
             await asyncio.sleep(1.0)
+
+    def leases_are_kept(self) -> None:
+        """With on_lost="restart" or "fail" nothing is unknown for longer than its lost_after."""
+        assert self.server is not None
+        works = self.server.service.engine._all() if self.server.serves and self.server.service is not None else []
+        unknown: dict[str, float] = {}
+        for work in works:
+            call = work.book.calls[work.book.current] if work.book.current is not None else None
+            if call is not None and call.stage == "unknown" and work.spec.on_lost != "wait":
+                since = unknown[call.id] = self.unknown.get(call.id, self.world.loop.now)
+                if self.world.loop.now > since + work.spec.lost_after + SLACK:
+                    self.world.fail(f"{call} has been unknown since {since:.0f}")
+        self.unknown = unknown
 
     def disorder(self) -> str:
         server = self.server
