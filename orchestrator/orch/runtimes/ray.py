@@ -211,7 +211,7 @@ class RayRuntime:
 
     def kill_started(self) -> None:
         for name in self._launched:
-            self._driver.send({"id": 0, "do": "sweep", "with": {"prefix": name}})
+            self._driver.send({"id": 0, "do": "sweep", "with": {"prefix": name, "exact": True}})
         self._launched.clear()
         self._driver.close()
 

@@ -276,12 +276,13 @@ class Driver:
         await self.nodes()
         return True
 
-    async def do_sweep(self, prefix: str) -> list[str]:
-        """End every actor of an app; their names."""
+    async def do_sweep(self, prefix: str, exact: bool = False) -> list[str]:
+        """End every actor of an app, or (`exact`) that one; their names."""
         found = await asyncio.wait_for(asyncio.to_thread(ray.util.list_named_actors), GCS_ANSWER)
         ended = []
         for name in found:
-            if name.startswith(prefix) and (actor := await self.find(name)) is not None:
+            named = name == prefix if exact else name.startswith(prefix)
+            if named and (actor := await self.find(name)) is not None:
                 ray.kill(actor)
                 ended.append(name)
         return ended
