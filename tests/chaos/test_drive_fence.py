@@ -102,14 +102,16 @@ async def test_an_old_incarnation_that_comes_back_publishes_nothing(tmp_path: Pa
             await new.place("trainer", drives=["app"])
             await fenced(store, 2)
             before = store.resolve("out", partial=True)
-            assert before is not None and before.epoch == 1, "what it had published stays"
+            # In a bucket a publish that was under way may have taken its place, and does not count (docs/limits.md).
+            assert before is None or before.epoch == 1, "what it had published stays"
+            assert before is not None or drive_url.startswith("s3:")
             log = (old.folder / "agent.log").read_bytes
             if how == "paused":
                 os.kill(old.agent.pid, signal.SIGCONT)
             await old.until(lambda: b"is fenced" in log() or b"is in epoch 2" in log(), 30)
             assert alive(script), "it is for the flow to say that this is the old one"
             after = DriveStore(drive_url, "app").resolve("out", partial=True)
-            assert after is not None and after.serial == before.serial and after.entries == before.entries
+            assert (after and (after.serial, after.entries)) == (before and (before.serial, before.entries))
 
             old.epoch, old.away = 2, False  # the flow is heard again, and has replaced it
             await asyncio.wait_for(old.agent.wait(), 30)

@@ -54,7 +54,7 @@ TICKER = """
             os.environ["ORCH_STATE_URL"] + "/n", str(n).encode(), method="PUT",
             headers={"Authorization": "Bearer " + os.environ["ORCH_TOKEN"]},
         )
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.urlopen(request, timeout=600).close()  # the agent may be paused for long
 
     with open("ticks", "a", buffering=1) as ticks:
         for n in range(1, 1_000_000):
