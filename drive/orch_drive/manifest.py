@@ -18,7 +18,7 @@ import builtins
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -29,6 +29,7 @@ __all__ = [
     "FORMAT",
     "KEEP",
     "NO_FENCE",
+    "Blob",
     "Changes",
     "Entry",
     "Fence",
@@ -47,6 +48,7 @@ __all__ = [
     "diff",
     "encode",
     "encode_fence",
+    "format_of",
     "from_json",
     "glob_regex",
     "is_glob",
@@ -54,13 +56,25 @@ __all__ = [
     "to_json",
 ]
 
-FORMAT = 1
+FORMAT = 2
+"""The newest that can be read. 1 is written unless an entry needs 2 (`Entry.blob`): who knows only 1 refuses such a
+manifest, and collects no garbage beside it."""
 KEEP = 10
 """Complete versions kept of each published path."""
 
+_OWN = re.compile(r"u[0-9a-f-]{8,80}")
 _COMPONENT = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 _MAX_PATH = 4096
 _MAX_SEGMENT = 255
+
+
+class Blob(NamedTuple):
+    """A piece of content in storage."""
+
+    name: str
+    """What it lies under: its checksum, or a name of its own."""
+    sha256: str
+    size: int
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -78,13 +92,21 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pack: tuple[str, int, int] | None = None
     """Of a small file that was published together with others: sha256 of the blob that holds them, where in it the file
     begins, the blob's size."""
+    blob: str = ""
+    """The name of its blob (of the first one, if there are `parts`) where that is not the checksum, because the bytes
+    were sent before it was known."""
+    sample: str = ""
+    """Checksum of a few places of a large file: where it is another one, the whole need not be compared."""
 
     @property
-    def pieces(self) -> list[tuple[str, int]]:
-        """(sha256, size) of the blobs that its bytes are in, in order."""
+    def pieces(self) -> list[Blob]:
+        """The blobs that its bytes are in, in order."""
         if self.pack is not None:
-            return [(self.pack[0], self.pack[2])]
-        return self.parts or [(self.sha256, self.size)]
+            return [Blob(self.pack[0], self.pack[0], self.pack[2])]
+        found = [Blob(sha256, sha256, size) for sha256, size in self.parts or [(self.sha256, self.size)]]
+        if self.blob:
+            found[0] = found[0]._replace(name=self.blob)
+        return found
 
     def same_bytes(self, other: Entry) -> bool:
         return self.sha256 == other.sha256 and self.size == other.size and self.executable == other.executable
@@ -111,7 +133,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     at: float = 0.0
     within: str = ""
     """Set by `narrow`: the published path that this manifest is a cut of."""
-    format: int = FORMAT
+    format: int = 1
 
     @property
     def size(self) -> int:
@@ -120,8 +142,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def blobs(self) -> set[str]:
-        """Checksums of all blobs that it names."""
-        return {sha256 for entry in self.entries for sha256, _ in entry.pieces}
+        """The names of all blobs that it needs."""
+        return {piece.name for entry in self.entries for piece in entry.pieces}
 
     def drive_path(self, entry: Entry) -> str:
         """The entry's path on the Drive."""
@@ -347,6 +369,11 @@ def decode(data: bytes, *, name: str = "manifest") -> Manifest:
     return manifest
 
 
+def format_of(entries: Iterable[Entry]) -> int:
+    """The oldest format that can say this."""
+    return 2 if any(entry.blob for entry in entries) else 1
+
+
 def to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as plain JSON values, for messages."""
     value: dict[str, Any] = msgspec.to_builtins(manifest)
@@ -369,6 +396,9 @@ def _check(manifest: Manifest) -> None:
     for path in (manifest.path, *(entry.name for entry in manifest.entries)):
         if check_name(path) != path:
             raise DrivePathError(f"{path!r} is not in its plain form")
+    for entry in manifest.entries:
+        if entry.blob and (entry.pack is not None or not _OWN.fullmatch(entry.blob)):
+            raise DrivePathError(f"{entry.blob!r} cannot be the blob of {entry.name!r}")
 
 
 def diff(old: Manifest | None, new: Manifest) -> Changes:

@@ -15,6 +15,8 @@ import hashlib
 import logging
 import os
 import re
+import secrets
+import socket
 import tempfile
 import threading
 import time
@@ -22,14 +24,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from io import RawIOBase
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from orch_drive.crash import crash_point
 from orch_drive.errors import DriveCorrupt, DriveError, DrivePathError, DriveUnavailable
-from orch_drive.storage import Batch, Tick, Unlocked, blob_key, hash_whole, write_all
+from orch_drive.storage import Batch, Tick, Unlocked, blob_key, write_all
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["S3Storage"]
 
 log = logging.getLogger(__name__)
+
+Piece = list[memoryview]
+"""Bytes that follow each other."""
 
 PATIENCE = 60.0
 """Seconds for which a server that is away or says 503 is asked again."""
@@ -50,6 +55,7 @@ _RANGE = 8 << 20
 _RANGES = 6
 """The same of a download."""
 _MAX_PARTS = 10_000
+_STARTS = 5
 _PROBES = 8
 _SPOOL = 64 << 20
 _YOUNG = 12 * 3600.0
@@ -74,6 +80,10 @@ _HINTS = {
     "PermanentRedirect": ("the bucket is in another region", "set AWS_REGION to the bucket's region"),
     "AuthorizationHeaderMalformed": ("the bucket is in another region", "set AWS_REGION to the bucket's region"),
 }
+
+
+class _Lost(Exception):
+    """The upload is no longer there: another writer of the same file has finished it, or given it up."""
 
 
 class _Link:
@@ -128,8 +138,6 @@ def _connect(bucket: str, settings: tuple[tuple[str, str], ...]) -> _Link:
         if frozen.token:
             found["token"] = frozen.token
         # botocore renews by itself what can expire: ask it again soon
-        from datetime import UTC, datetime
-
         renews = hasattr(given, "refresh_needed")
         found["expires_at"] = datetime.now(UTC) + timedelta(minutes=5) if renews else None
         return found
@@ -187,7 +195,7 @@ class S3Storage(Unlocked):
             )
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
-        self._checked: dict[str, str] = {}
+        self._checked: dict[str, tuple[str, str]] = {}
         self._proven: _Link | None = None
 
     # ---- errors -----------------------------------------------------------------------------------------------------
@@ -378,7 +386,7 @@ class S3Storage(Unlocked):
         with suppress(FileNotFoundError), self._explained():
             obstore.copy(store, self._at(key), self._at(other))
             obstore.delete(store, self._at(key))
-        self._checked.pop(key.rpartition("/")[2], None)
+        self._checked.pop(key, None)
 
     # ---- content ----------------------------------------------------------------------------------------------------
 
@@ -387,27 +395,32 @@ class S3Storage(Unlocked):
 
     def fetch(self, key: str, target: int, size: int, tick: Tick | None = None) -> str:
         """Parts are asked for side by side and written in order: what an interrupted one has left is a beginning, and
-        the rest is fetched after it."""
+        the rest is fetched after it. Each is hashed while it is written and the next ones arrive."""
         digest = hashlib.sha256()
         done = 0
         while data := os.pread(target, 1 << 20, done):
             digest.update(data)
             done += len(data)
         os.lseek(target, done, os.SEEK_SET)
-        for piece in self._pieces(key, done, size, size):
-            digest.update(piece)
-            write_all(target, piece)
-            if tick is not None:
-                tick(len(piece))
+        hashed: Future[None] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="orch-drive") as pool:
+            for piece in self._pieces(key, done, size, size):
+                if hashed is not None:
+                    hashed.result()
+                hashed = pool.submit(_update, digest, piece)
+                for view in piece:
+                    write_all(target, view)
+                if tick is not None:
+                    tick(sum(map(len, piece)))
         return digest.hexdigest()
 
-    def _pieces(self, key: str, start: int, end: int, size: int, e_tag: str | None = None) -> Iterator[memoryview]:
+    def _pieces(self, key: str, start: int, end: int, size: int, e_tag: str | None = None) -> Iterator[Piece]:
         """The bytes from `start` to `end` of an object that shall have `size`. Raises DriveCorrupt if it has not."""
         import obstore
 
         store = self._link.store
 
-        def get(first: int, length: int) -> memoryview:
+        def get(first: int, length: int) -> Piece:
             with self._explained():
                 options: Any = {"range": (first, first + length)}
                 if e_tag is not None:
@@ -415,7 +428,8 @@ class S3Storage(Unlocked):
                 found = obstore.get(store, self._at(key), options=options)
                 if found.meta["size"] != size:
                     raise DriveCorrupt(f"{self.url}/{key} has {found.meta['size']} bytes, not {size}")
-                return memoryview(found.bytes())
+                # as they come from the wire: putting them together would copy them once more
+                return [memoryview(data) for data in found.stream(min_chunk_size=1)]
 
         if end <= start:  # a request for no bytes would be refused
             if self.size(key) != size:
@@ -425,7 +439,7 @@ class S3Storage(Unlocked):
         if end - start <= _RANGE:
             yield get(start, end - start)
             return
-        waiting: deque[Future[memoryview]] = deque()
+        waiting: deque[Future[Piece]] = deque()
         with ThreadPoolExecutor(_RANGES, thread_name_prefix="orch-drive") as pool:
             try:
                 for first in range(start, end, _RANGE):
@@ -441,7 +455,7 @@ class S3Storage(Unlocked):
     def digest(self, key: str, size: int, e_tag: str | None = None) -> str:
         digest = hashlib.sha256()
         for piece in self._pieces(key, 0, size, size, e_tag):
-            digest.update(piece)
+            _update(digest, piece)
         return digest.hexdigest()
 
     def open_checked(self, key: str, sha256: str, size: int) -> BinaryIO:
@@ -458,10 +472,10 @@ class S3Storage(Unlocked):
                 raise
             return file
         e_tag = self.signature(key)
-        if self._checked.get(sha256) != e_tag:
+        if self._checked.get(key) != (e_tag, sha256):
             if self.digest(key, size, e_tag) != sha256:
                 raise DriveCorrupt(f"{self.url}/{key} does not match its checksum")
-            self._checked[sha256] = e_tag
+            self._checked[key] = (e_tag, sha256)
         from io import BufferedReader
 
         return BufferedReader(_Ranges(self, key, size, e_tag), 1 << 20)
@@ -481,84 +495,161 @@ class S3Storage(Unlocked):
 
     # ---- multipart --------------------------------------------------------------------------------------------------
 
-    def put_large(self, source: int, size: int, sha256: str, tick: Tick | None) -> bool:
-        """Multipart upload of what the descriptor reads; False if that is not what `sha256` says. Parts that an
-        interrupted upload of the same content has left are not sent again."""
-        link = self._link
-        key = self._at(blob_key(sha256))
-        step = max(_PART, -(-size // _MAX_PARTS))
-        with self._explained():
-            upload, there = self._patiently(lambda: self._unfinished(link, key))
-        named = {"Bucket": self._bucket, "Key": key, "UploadId": upload}
+    def put_large(self, source: int, tick: Tick | None, sha256: str = "", name: str = "") -> tuple[str, str]:
+        """Multipart upload of what the descriptor reads: its checksum, and the name of the blob. If `sha256` tells what
+        it was a moment ago, the blob gets that `name`; both answers are empty if the file has changed since.
 
-        def send(number: int, data: bytes) -> dict[str, Any]:
+        Without it the checksum is taken of the bytes as they are sent, which saves reading the file once more before
+        the first one is, and the blob gets a name of its own. That begins with what this very file can be told by, so
+        that the upload is found again that an interrupted put has left, and what it had finished.
+        """
+        link = self._link
+        before = os.fstat(source)
+        stem = name or _stem(before)
+        for _ in range(_STARTS):
+            found = self._finished(link, source, before, stem, sha256)
+            if found is not None:
+                if tick is not None:
+                    tick(before.st_size)
+                return found
+            try:
+                return self._send_parts(link, source, before, stem, sha256, tick)
+            except _Lost:
+                log.info("%s: another writer has finished the upload of %s", self.url, stem)
+        raise DriveUnavailable(
+            f"the Drive at {self.url} cannot be used: others finish every upload of a file", hint="try again"
+        )
+
+    def _finished(
+        self, link: _Link, source: int, status: os.stat_result, stem: str, sha256: str
+    ) -> tuple[str, str] | None:
+        """A blob that holds this file, and is so young that no collector can be about to remove it."""
+        size = status.st_size
+        if sha256:
+            return (sha256, stem) if _fresh(self._head(blob_key(stem)), size) else None
+        with self._explained():
+            answer = self._patiently(
+                lambda: link.client.list_objects_v2(Bucket=self._bucket, Prefix=self._at(blob_key(stem)))
+            )
+        tags = {
+            row["ETag"].strip('"'): row["Key"].rpartition("/")[2]
+            for row in answer.get("Contents", ())
+            if row["Size"] == size and _young(row["LastModified"])
+        }
+        if not tags:
+            return None
+        digest, parts, step = hashlib.sha256(), [], _step(size)
+        for start in range(0, size, step):
+            data = os.pread(source, min(step, size - start), start)
+            digest.update(data)
+            parts.append(_md5(data))
+        name = tags.get(_joined(parts))
+        return (digest.hexdigest(), name) if name else None
+
+    def _send_parts(
+        self, link: _Link, source: int, before: os.stat_result, stem: str, sha256: str, tick: Tick | None
+    ) -> tuple[str, str]:
+        size, step = before.st_size, _step(before.st_size)
+        with self._explained(), _losing():
+            name, upload, there = self._patiently(lambda: self._unfinished(link, stem, not sha256))
+        named = {"Bucket": self._bucket, "Key": self._at(blob_key(name)), "UploadId": upload}
+
+        def send(number: int, data: bytearray) -> dict[str, Any]:
             known = there.get(number)
-            if known is not None and known == (len(data), hashlib.md5(data, usedforsecurity=False).hexdigest()):
+            if known is not None and known == (len(data), _md5(data)):
                 return {"PartNumber": number, "ETag": f'"{known[1]}"'}
-            answer = self._patiently(lambda: link.client.upload_part(**named, PartNumber=number, Body=data))
+            with _losing():
+                answer = self._patiently(lambda: link.client.upload_part(**named, PartNumber=number, Body=data))
             crash_point("drive.part.sent")
             return {"PartNumber": number, "ETag": answer["ETag"]}
 
         digest = hashlib.sha256()
         parts: list[dict[str, Any]] = []
-        waiting: deque[tuple[int, Future[dict[str, Any]]]] = deque()
+        waiting: deque[tuple[bytearray, Future[dict[str, Any]]]] = deque()
+        # botocore would copy a `bytes` behind its headers; and buffers that are used again need no new pages
+        free: list[bytearray] = []
 
         def drain() -> None:
-            length, future = waiting.popleft()
+            data, future = waiting.popleft()
             parts.append(future.result())
+            free.append(data)
             if tick is not None:
-                tick(length)
+                tick(len(data))
 
         with self._explained(), ThreadPoolExecutor(_PARTS, thread_name_prefix="orch-drive") as pool:
             try:
+                changed = False
                 for number, start in enumerate(range(0, size, step), 1):
-                    if len(waiting) >= _PARTS:
+                    if len(waiting) > _PARTS:  # one is read ahead: no lane waits for the disk, nor for a slow part
                         drain()
-                    data = os.pread(source, min(step, size - start), start)
-                    waiting.append((len(data), pool.submit(send, number, data)))
+                    length = min(step, size - start)
+                    data = free.pop() if free and length == step else bytearray(length)
+                    whole, after = _fill(data, source, start), os.fstat(source)
+                    changed = not whole or (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+                    if changed:
+                        break
+                    waiting.append((data, pool.submit(send, number, data)))
                     digest.update(data)
-                    del data
                 while waiting:
                     drain()
             finally:
                 for _, future in waiting:
                     future.cancel()
-            if digest.hexdigest() != sha256:
-                link.client.abort_multipart_upload(**named)
-                return False
+            found = digest.hexdigest()
+            if changed or sha256 not in ("", found):
+                with suppress(_Lost), _losing():
+                    link.client.abort_multipart_upload(**named)
+                return "", ""
             crash_point("drive.blob.written")
-            self._finish(link, named, parts, size)
+            tag = self._finish(link, named, parts, size, own=not sha256)
+            # Of another writer who went on with this upload it can hold other bytes, if those came under the same time.
+            other = not sha256 and tag != _joined(part["ETag"].strip('"') for part in parts)
+            if other and self.digest(blob_key(name), size) != found:
+                raise _Lost
         crash_point("drive.blob.renamed")
-        return True
+        return found, name
 
-    def _finish(self, link: _Link, named: dict[str, Any], parts: list[dict[str, Any]], size: int) -> None:
+    def _finish(self, link: _Link, named: dict[str, Any], parts: list[dict[str, Any]], size: int, *, own: bool) -> str:
+        """The ETag of what came out of it."""
         from botocore.exceptions import ClientError
 
-        def complete() -> None:
+        def complete() -> str:
             try:
-                link.client.complete_multipart_upload(**named, MultipartUpload={"Parts": parts})
+                done = link.client.complete_multipart_upload(**named, MultipartUpload={"Parts": parts})
             except ClientError as exc:
-                # completed by a request whose answer was lost, or by another writer of the same content
-                if exc.response.get("Error", {}).get("Code") != "NoSuchUpload":
+                # completed by a request whose answer was lost, or by another writer of the same file
+                code = _code(exc)
+                if code == "InvalidPart" and own:
+                    raise _Lost from exc
+                if code != "NoSuchUpload":
                     raise
-                found = link.client.head_object(Bucket=named["Bucket"], Key=named["Key"])
-                if found["ContentLength"] != size:
-                    raise
+                try:
+                    done = link.client.head_object(Bucket=named["Bucket"], Key=named["Key"])
+                except ClientError as missing:  # given up by that writer
+                    raise _Lost from missing
+                if done["ContentLength"] != size:
+                    raise _Lost from exc
+            return str(done["ETag"]).strip('"')
 
-        self._patiently(complete)
+        return str(self._patiently(complete))
 
-    def _unfinished(self, link: _Link, key: str) -> tuple[str, dict[int, tuple[int, str]]]:
-        """The newest unfinished upload of this object and its parts, number -> (size, MD5); else a new one."""
-        answer = link.client.list_multipart_uploads(Bucket=self._bucket, Prefix=key)
-        found = [row for row in answer.get("Uploads", ()) if row["Key"] == key]
+    def _unfinished(self, link: _Link, stem: str, own: bool) -> tuple[str, str, dict[int, tuple[int, str]]]:
+        """The newest unfinished upload of this blob (`own`: of one whose name begins so), by name and id, with its
+        parts, number -> (size, MD5); else a new one. One that was begun long ago is left alone: what becomes of it
+        would be as old, to a collector."""
+        answer = link.client.list_multipart_uploads(Bucket=self._bucket, Prefix=self._at(blob_key(stem)))
+        found = [row for row in answer.get("Uploads", ()) if _young(row["Initiated"])]
         if not found:
-            return link.client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"], {}
-        upload = max(found, key=lambda row: row["Initiated"])["UploadId"]
+            name = f"{stem}-{secrets.token_hex(8)}" if own else stem
+            key = self._at(blob_key(name))
+            return name, link.client.create_multipart_upload(Bucket=self._bucket, Key=key)["UploadId"], {}
+        newest = max(found, key=lambda row: row["Initiated"])
+        key, upload = newest["Key"], newest["UploadId"]
         parts: dict[int, tuple[int, str]] = {}
         for page in link.client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=key, UploadId=upload):
             for row in page.get("Parts", ()):
                 parts[row["PartNumber"]] = (row["Size"], row["ETag"].strip('"'))
-        return upload, parts
+        return key.rpartition("/")[2], upload, parts
 
     def _patiently(self, call: Callable[[], Any]) -> Any:
         """botocore tries a few times within seconds; a server that restarts needs more."""
@@ -626,10 +717,16 @@ class _Ranges(RawIOBase):
             if end > self._position
             else ()
         ):
-            view[done : done + len(piece)] = piece
-            done += len(piece)
+            for data in piece:
+                view[done : done + len(data)] = data
+                done += len(data)
         self._position += done
         return done
+
+
+def _update(digest: Any, piece: Piece) -> None:
+    for data in piece:
+        digest.update(data)
 
 
 class _S3Batch:
@@ -671,14 +768,16 @@ class _S3Batch:
             obstore.put(store, storage._at(blob_key(sha256)), data, use_multipart=False)
         crash_point("drive.blob.renamed")
 
-    def add_file(self, source: int, sha256: str = "") -> str:
+    def add_file(self, source: int, sha256: str = "", name: str = "") -> tuple[str, str]:
         size = os.fstat(source).st_size
-        sha256 = sha256 or hash_whole(source)
-        if _fresh(self._storage._head(blob_key(sha256)), size):
-            if self._tick is not None:
-                self._tick(size)
-            return sha256
-        return sha256 if self._storage.put_large(source, size, sha256, self._tick) else ""
+        if size > _PART:
+            return self._storage.put_large(source, self._tick, sha256, name or sha256)
+        data = os.pread(source, size + 1, 0)
+        found = hashlib.sha256(data).hexdigest()
+        if len(data) != size or sha256 not in ("", found):
+            return "", ""
+        self.add_bytes(name or found, data)
+        return found, name or found
 
     def flush(self) -> None:
         while self._waiting:
@@ -702,4 +801,56 @@ class _S3Batch:
 
 def _fresh(meta: Any, size: int) -> bool:
     """Whether the object is there and so young that no collector can be about to remove it."""
-    return meta is not None and meta["size"] == size and time.time() - float(meta["last_modified"].timestamp()) < _YOUNG
+    return meta is not None and meta["size"] == size and _young(meta["last_modified"])
+
+
+def _young(when: datetime) -> bool:
+    return time.time() - when.timestamp() < _YOUNG
+
+
+def _stem(status: os.stat_result) -> str:
+    """The beginning of a blob's own name: which file it is, as it is now. Two files may be taken for one, for what was
+    sent already is compared with what is to be sent."""
+    told = (socket.gethostname(), status.st_ino, status.st_size, status.st_mtime_ns)
+    return "u" + hashlib.sha256(repr(told).encode()).hexdigest()[:24]
+
+
+def _step(size: int) -> int:
+    """Bytes of a part."""
+    return max(_PART, -(-size // _MAX_PARTS))
+
+
+def _fill(data: bytearray, source: int, start: int) -> bool:
+    """Whether the file has that many bytes there."""
+    view = memoryview(data)
+    while view and (count := os.preadv(source, [view], start)):
+        view, start = view[count:], start + count
+    return not view
+
+
+def _md5(data: bytes | bytearray) -> str:
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _joined(tags: Iterable[str]) -> str:
+    """The ETag of what was put together out of parts with these ones; empty if they are no checksums."""
+    found = list(tags)
+    if not all(re.fullmatch("[0-9a-f]{32}", tag) for tag in found):
+        return ""
+    return f"{_md5(bytes.fromhex(''.join(found)))}-{len(found)}"
+
+
+@contextmanager
+def _losing() -> Iterator[None]:
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as exc:
+        if _code(exc) == "NoSuchUpload":
+            raise _Lost from exc
+        raise
+
+
+def _code(exc: Any) -> str:
+    return str(exc.response.get("Error", {}).get("Code", ""))

@@ -1,10 +1,11 @@
 """Where a Drive's bytes lie: one seam, `Storage`, over local disk, over fsspec, and (in `s3`) over a bucket.
 
     blobs/a/<sha256>                               content, named by its checksum, never changed
+    blobs/u/u<...>                                 the same of a large file, sent before its checksum was known
     manifests/<component>/<path>/00000007.json     one complete version; creating it is the commit
     manifests/<component>/<path>/partial.json      the unfinished version, replaced
     manifests/<component>/.fence                   the epoch below which nothing more is accepted
-    corrupt/<sha256>                               a blob whose bytes did not match, kept out of the way
+    corrupt/<blob>                                 a blob whose bytes did not match, kept out of the way
     tmp/, lock, commit.lock                        local disk only
 
 Order: the bytes are durable before the manifest that names them. On local disk that is fsync and rename; elsewhere an
@@ -52,8 +53,9 @@ _BATCH_BYTES = 64 << 20
 _TMP_AGE = 24 * 3600.0
 
 
-def blob_key(sha256: str) -> str:
-    return f"blobs/{sha256[:1]}/{sha256}"
+def blob_key(name: str) -> str:
+    """Where a blob lies: its name is its checksum, or one of its own that begins with `u`."""
+    return f"blobs/{name[:1]}/{name}"
 
 
 class Batch(Protocol):
@@ -61,9 +63,10 @@ class Batch(Protocol):
 
     def add_bytes(self, sha256: str, data: bytes) -> None: ...
 
-    def add_file(self, source: int, sha256: str = "") -> str:
-        """Send what the file descriptor reads; the checksum of exactly the bytes that were sent. `sha256`: what it was
-        a moment ago, if that is known; then the answer is empty if it has changed since."""
+    def add_file(self, source: int, sha256: str = "", name: str = "") -> tuple[str, str]:
+        """Send what the file descriptor reads; the checksum of exactly the bytes that were sent, and the blob's name.
+        `sha256`: what it was a moment ago, if that is known, with the `name` that such content shall have. Both are
+        empty if the file has changed meanwhile."""
 
     def flush(self) -> None: ...
 
@@ -494,7 +497,7 @@ class _LocalBatch:
             self._tick(len(data))
         self._written(len(data))
 
-    def add_file(self, source: int, sha256: str = "") -> str:
+    def add_file(self, source: int, sha256: str = "", name: str = "") -> tuple[str, str]:
         tmp, fd = self._storage.temporary()
         try:
             try:
@@ -505,9 +508,10 @@ class _LocalBatch:
         except BaseException:
             os.unlink(tmp)
             raise
-        self._waiting.append((tmp, digest))
+        name = name if name and digest == sha256 else digest
+        self._waiting.append((tmp, name))
         self._written(size)
-        return digest
+        return digest, name
 
     def _written(self, size: int) -> None:
         crash_point("drive.blob.written")
@@ -522,16 +526,16 @@ class _LocalBatch:
                 with _opened(tmp) as fd:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         folders: set[str] = set()
-        for tmp, sha256 in self._waiting:
+        for tmp, name in self._waiting:
             with _opened(tmp) as fd:
                 os.fsync(fd)
-            folders.add(os.path.dirname(self._storage.path(blob_key(sha256))))
+            folders.add(os.path.dirname(self._storage.path(blob_key(name))))
         for folder in folders:
             self._storage.make_dirs(folder)
         while self._waiting:
-            tmp, sha256 = self._waiting[-1]
+            tmp, name = self._waiting[-1]
             crash_point("drive.blob.synced")
-            os.rename(tmp, self._storage.path(blob_key(sha256)))
+            os.rename(tmp, self._storage.path(blob_key(name)))
             self._waiting.pop()
             crash_point("drive.blob.renamed")
         for folder in folders:
@@ -658,7 +662,7 @@ class FsspecStorage(_OneByOne, Unlocked):
         self._fs.pipe_file(self._at(blob_key(sha256)), data)
         crash_point("drive.blob.renamed")
 
-    def put_blob_file(self, source: int) -> str:
+    def put_blob_file(self, source: int, sha256: str, name: str) -> tuple[str, str]:
         # The checksum is of the bytes that travel, so the name can only be given afterwards.
         tmp = self._at(f"tmp/{secrets.token_hex(8)}")
         self._fs.makedirs(self._at("tmp"), exist_ok=True)
@@ -670,7 +674,8 @@ class FsspecStorage(_OneByOne, Unlocked):
                     digest.update(data)
                     done += len(data)
             crash_point("drive.blob.written")
-            target = blob_key(digest.hexdigest())
+            name = name if name and digest.hexdigest() == sha256 else digest.hexdigest()
+            target = blob_key(name)
             self._fs.makedirs(self._at(os.path.dirname(target)), exist_ok=True)
             self._fs.mv(tmp, self._at(target))
         except BaseException:
@@ -678,7 +683,7 @@ class FsspecStorage(_OneByOne, Unlocked):
                 self._fs.rm_file(tmp)
             raise
         crash_point("drive.blob.renamed")
-        return digest.hexdigest()
+        return digest.hexdigest(), name
 
     def fetch(self, key: str, target: int, size: int, tick: Tick | None = None) -> str:
         digest = hashlib.sha256()
@@ -738,11 +743,11 @@ class _FsspecBatch:
         self._storage.put_blob(sha256, data)
         self._tick(len(data))
 
-    def add_file(self, source: int, sha256: str = "") -> str:
+    def add_file(self, source: int, sha256: str = "", name: str = "") -> tuple[str, str]:
         size = os.fstat(source).st_size
-        sha256 = self._storage.put_blob_file(source)
+        sent = self._storage.put_blob_file(source, sha256, name)
         self._tick(size)
-        return sha256
+        return sent
 
     def flush(self) -> None:
         return

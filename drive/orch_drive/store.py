@@ -42,6 +42,7 @@ from orch_drive.errors import (
 from orch_drive.manifest import (
     KEEP,
     NO_FENCE,
+    Blob,
     Entry,
     Fence,
     Manifest,
@@ -58,6 +59,7 @@ from orch_drive.manifest import (
     decode_fence,
     encode,
     encode_fence,
+    format_of,
     narrow,
 )
 from orch_drive.storage import (
@@ -85,6 +87,7 @@ _SPARSE = 0.25
 """Of a pack that holds less than this share of wanted bytes the files are packed anew."""
 _RESUMED = 32 << 20
 """A file of at least this size is fetched so that an interrupted fetch can be gone on with."""
+_SPOTS, _SPOT = 8, 16 << 10
 _READ_TRIES = 5
 _COMMIT_TRIES = 50
 _GC_AGE = 24 * 3600.0
@@ -97,8 +100,10 @@ Times = tuple[int, int, int]
 Progress = Callable[[int, int], None]
 Entries = list[Entry]
 Pieces = list[tuple[str, int]]
+Sent = tuple[str, str]
+"""A checksum and the name of the blob; both empty if the file has changed."""
 Todo = list[tuple[str, Entry, Path]]
-Rows = list[tuple[Manifest, Entry, tuple[str, int]]]
+Rows = list[tuple[Manifest, Entry, Blob]]
 Manifests = list[Manifest]
 Names = list[str]
 Versions = list[VersionInfo]
@@ -376,8 +381,7 @@ class DriveStore:
                 look = self._load()
                 self._check_epoch(look, component, path, epoch)
                 self._check_case(look, component, path)
-                hint = self._hint(look.index, component, path, str(real), host, cwd, previous)
-                hint.named -= look.broken
+                hint = self._hint(look, component, path, str(real), host, cwd, previous)
                 hint.leave = frozenset(leave) if partial else frozenset()
                 tick = None if progress is None else _tally(progress, real)
                 if is_dir:
@@ -401,6 +405,10 @@ class DriveStore:
                 manifest, committed = self._commit(draft, keep=is_dir and not sync)
                 if committed and not self.storage.locked:
                     self._check_assumed(look, manifest, hint.assumed)
+            if not partial:
+                self._tell_whole(look.broken & draft.blobs)
+            if not committed:  # what was sent for nothing is named nowhere
+                entries = _placed_as(entries, manifest)
             self._hints[component, path, str(real)] = {entry.name: entry for entry in entries}
             if committed:
                 self._prune(component, path)
@@ -541,7 +549,7 @@ class DriveStore:
 
     def _hint(
         self,
-        index: ManifestIndex,
+        look: _Look,
         component: str,
         path: str,
         source: str,
@@ -551,7 +559,7 @@ class DriveStore:
     ) -> _Hint:
         """What is known of the files that `source` holds."""
         mine = self._hints.get((component, path, source))
-        known = index.view(component, partial=True).at(path)
+        known = look.index.view(component, partial=True).at(path)
         base = {entry.name: entry for entry in known.entries} if known is not None else {}
         trusted: dict[str, Entry] = {}
         for manifest in (known, previous):
@@ -559,10 +567,14 @@ class DriveStore:
                 trusted.update((entry.name, entry) for entry in manifest.entries)
         if mine is not None:
             trusted.update(mine)
-        named: set[str] = set()
-        if not self.storage.near:
-            named.update(*(manifest.blobs for manifest in index.counting(component)))
-        return _Hint(base, trusted, named)
+        hint = _Hint(base, trusted)
+        if self.storage.near:
+            told = [entry for entry in base.values() if entry.blob]
+        else:
+            told = [entry for manifest in look.index.counting(component) for entry in manifest.entries]
+        for entry in told:
+            hint.know(entry, look.broken)
+        return hint
 
     def _send_folder(
         self, source: Path, limit: str, hint: _Hint, partial: bool, keep: bool, tick: Tick | None = None
@@ -637,7 +649,7 @@ class DriveStore:
             status = os.stat(file)
             executable = bool(status.st_mode & 0o100)
             if (known.size, known.mtime_ns, known.ctime_ns, known.executable) == (*_times(status), executable) and all(
-                self._kept(sha256, size, hint) for sha256, size in known.pieces
+                self._kept(piece.name, piece.size, hint) for piece in known.pieces
             ):
                 if tick is not None:
                     tick(known.size)
@@ -646,13 +658,15 @@ class DriveStore:
         try:
             for _ in range(_READ_TRIES):
                 before = os.fstat(fd)
-                sha256, parts = "", None
+                sha256, blob, parts = "", "", None
+                sample = "" if self.storage.near or before.st_size <= _SMALL else _sample(fd, before.st_size)
                 base = hint.base.get(name)
                 if partial and base is not None and _APPENDED <= base.size < before.st_size:
                     sha256, parts = self._send_rest(fd, before.st_size, base, hint, batch)
+                    blob = base.blob
                 if not sha256:
                     parts = None
-                    sha256 = self._send_bytes(fd, before.st_size, base, hint, batch, tick, packer)
+                    sha256, blob = self._send_bytes(fd, before.st_size, base, hint, batch, tick, packer, sample)
                 after = os.fstat(fd)
                 if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns) and sha256:
                     break
@@ -668,6 +682,8 @@ class DriveStore:
             ctime_ns=0 if _racy(before) else before.st_ctime_ns,
             executable=bool(before.st_mode & 0o100),
             parts=parts or [],
+            blob="" if blob == sha256 else blob,
+            sample="" if parts else sample,
         )
 
     def _send_bytes(
@@ -679,12 +695,13 @@ class DriveStore:
         batch: Batch,
         tick: Tick | None = None,
         packer: _Packer | None = None,
-    ) -> str:
-        """The checksum of what the storage now has (or will have after the batch); empty if the file has changed."""
+        sample: str = "",
+    ) -> Sent:
+        """What the storage now has (or will have after the batch)."""
         if size <= _SMALL:
             data = os.pread(fd, size + 1, 0)
             if len(data) != size:
-                return ""
+                return "", ""
             sha256 = hashlib.sha256(data).hexdigest()
             there = packer is not None and packer.has(sha256)
             if not there and sha256 in hint.packed:
@@ -699,16 +716,23 @@ class DriveStore:
                 packer.add(sha256, data)
             else:
                 batch.add_bytes(sha256, data)
-            return sha256
-        sha256 = ""
-        if (known is not None and known.size == size) or not self.storage.near:
-            # probably the same, or a long way: look before it is sent
+            return sha256, sha256
+        if hint.likely(size, sample) if sample else (known is not None and known.size == size):
+            # may well be there already: look before it is sent
             sha256 = hash_whole(fd)
-            if self._kept(sha256, size, hint):
+            name = hint.own.get(sha256, sha256)
+            if self._kept(name, size, hint):
                 if tick is not None:
                     tick(size)
-                return sha256
-        return batch.add_file(fd, sha256)
+                return sha256, name
+            sent = batch.add_file(fd, sha256, name)
+        else:
+            sent = batch.add_file(fd)
+        if sample and sent[0]:
+            hint.samples.add((size, sample))
+            hint.named.add(sent[1])
+            hint.own[sent[0]] = sent[1]
+        return sent
 
     def _send_rest(self, fd: int, size: int, known: Entry, hint: _Hint, batch: Batch) -> tuple[str, Pieces | None]:
         """Of a file that has grown only what was added is sent, together with what was added last as long as that is
@@ -716,11 +740,11 @@ class DriveStore:
         digest = hashlib.sha256()
         _hash_range(fd, 0, known.size, digest)
         if digest.copy().hexdigest() != known.sha256 or not all(
-            self._kept(sha256, length, hint) for sha256, length in known.pieces
+            self._kept(piece.name, piece.size, hint) for piece in known.pieces
         ):
             return "", None
         _hash_range(fd, known.size, size - known.size, digest)
-        parts, start = list(known.pieces), known.size
+        parts, start = [(piece.sha256, piece.size) for piece in known.pieces], known.size
         while len(parts) > 1 and parts[-1][1] <= size - start:
             start -= parts.pop()[1]
         while start < size:
@@ -734,16 +758,16 @@ class DriveStore:
             start += len(data)
         return digest.hexdigest(), parts
 
-    def _kept(self, sha256: str, size: int, hint: _Hint) -> bool:
+    def _kept(self, name: str, size: int, hint: _Hint) -> bool:
         """Whether the storage has the blob, and no collector is about to take it."""
         if not self.storage.near:
-            return hint.assume(sha256)
-        if sha256 not in hint.looked:
-            hint.looked[sha256] = self._has(sha256, size)
-        return hint.looked[sha256]
+            return hint.assume(name)
+        if name not in hint.looked:
+            hint.looked[name] = self._has(name, size)
+        return hint.looked[name]
 
-    def _has(self, sha256: str, size: int) -> bool:
-        key = blob_key(sha256)
+    def _has(self, name: str, size: int) -> bool:
+        key = blob_key(name)
         if self.storage.size(key) != size:
             return False
         if isinstance(self.storage, LocalStorage):
@@ -779,6 +803,7 @@ class DriveStore:
                     epoch=epoch,
                     at=time.time(),
                     entries=entries,
+                    format=format_of(entries),
                 )
                 current = unfinished if draft.partial and unfinished is not None else newest
                 if current is not None and view is current and _unchanged(current, manifest):
@@ -828,8 +853,8 @@ class DriveStore:
         there = self.storage.listing(f"manifests/{manifest.component}")
         if all(key in there and not key.endswith("/partial.json") for key in relied):
             return
-        for sha256 in assumed:
-            if self.storage.size(blob_key(sha256)) is None:
+        for name in assumed:
+            if self.storage.size(blob_key(name)) is None:
                 self._hints.clear()
                 raise DriveConflict(
                     f"{manifest.path!r}: bytes that had been published before were removed meanwhile",
@@ -906,7 +931,7 @@ class DriveStore:
                 rest.append(row)
             else:
                 small.append(row)
-        keys = [blob_key(entry.sha256) for _, entry, _ in small]
+        keys = [blob_key(entry.pieces[0].name) for _, entry, _ in small]
         for row, (_, data) in zip(small, self.storage.read_many(keys), strict=True):
             if data is None:
                 raise self._bytes_gone(manifest, row[1])
@@ -958,11 +983,11 @@ class DriveStore:
         try:
             if entry.parts:
                 return self._fetch_parts(entry, target, fd, tick)
-            begun = os.fstat(fd).st_size
-            sha256 = self.storage.fetch(blob_key(entry.sha256), fd, entry.size, tick)
+            begun, key = os.fstat(fd).st_size, blob_key(entry.pieces[0].name)
+            sha256 = self.storage.fetch(key, fd, entry.size, tick)
             if begun and sha256 != entry.sha256:  # what an earlier fetch had left was no beginning of it
                 os.ftruncate(fd, 0)
-                sha256 = self.storage.fetch(blob_key(entry.sha256), fd, entry.size)
+                sha256 = self.storage.fetch(key, fd, entry.size)
             return sha256
         except FileNotFoundError:
             raise self._bytes_gone(manifest, entry) from None
@@ -975,10 +1000,10 @@ class DriveStore:
         os.ftruncate(fd, 0)
         os.lseek(fd, 0, os.SEEK_SET)
         offset = 0
-        for sha256, size in entry.parts:
+        for name, sha256, size in entry.pieces:
             piece = _piece_of(target, offset, size, sha256)
             if piece is None:
-                with self.storage.open_checked(blob_key(sha256), sha256, size) as file:
+                with self.storage.open_checked(blob_key(name), sha256, size) as file:
                     while data := file.read(_SMALL):
                         digest.update(data)
                         write_all(fd, data)
@@ -1033,7 +1058,7 @@ class DriveStore:
                     return BytesIO(data)
                 if entry.parts:
                     return self._joined(entry)
-                return self.storage.open_checked(blob_key(entry.sha256), entry.sha256, entry.size)
+                return self.storage.open_checked(blob_key(entry.pieces[0].name), entry.sha256, entry.size)
             except FileNotFoundError:
                 raise self._bytes_gone(manifest, entry) from None
             except DriveCorrupt:
@@ -1061,7 +1086,7 @@ class DriveStore:
             if entry.pack is not None and self.storage.link("", seconds=1, filename="") is not None:
                 with self.open(manifest) as file:  # a link speaks of an object of its own, garbage from tomorrow on
                     self.storage.create(blob_key(entry.sha256), file.read())
-            return self.storage.link(blob_key(manifest.entries[0].sha256), seconds=seconds, filename=name)
+            return self.storage.link(blob_key(entry.blob or entry.sha256), seconds=seconds, filename=name)
 
     def read_bytes(
         self, path: str, *, component: str | None = None, version: int | None = None, partial: bool = False
@@ -1102,14 +1127,14 @@ class DriveStore:
                 for piece in entry.pieces
             }
             rows = list(each.values())
-            tick = None if progress is None else _counter(progress, sum(size for _, _, (_, size) in rows))
+            tick = None if progress is None else _counter(progress, sum(piece.size for _, _, piece in rows))
             for manifest, entry, right in self._hashes(rows):
                 if right is None:
                     raise self._bytes_gone(manifest, entry)
                 if not right:
                     raise self._bytes_wrong(manifest, self._culprit(manifest, entry))
                 if tick is not None:
-                    tick(sum(size for _, size in entry.pieces))
+                    tick(sum(piece.size for piece in entry.pieces))
             count = sum(len(manifest.entries) for manifest in manifests)
         return count
 
@@ -1125,15 +1150,15 @@ class DriveStore:
 
     def _hashes(self, rows: Rows) -> Iterator[tuple[Manifest, Entry, bool | None]]:
         """Whether each blob is what it shall be; None if it is missing."""
-        small = [] if self.storage.near else [row for row in rows if row[2][1] <= _SMALL]
-        for (manifest, entry, (sha256, _)), (_, data) in zip(
-            small, self.storage.read_many([blob_key(row[2][0]) for row in small]), strict=True
+        small = [] if self.storage.near else [row for row in rows if row[2].size <= _SMALL]
+        for (manifest, entry, piece), (_, data) in zip(
+            small, self.storage.read_many([blob_key(row[2].name) for row in small]), strict=True
         ):
-            yield manifest, entry, None if data is None else hashlib.sha256(data).hexdigest() == sha256
-        for manifest, entry, (sha256, size) in rows:
+            yield manifest, entry, None if data is None else hashlib.sha256(data).hexdigest() == piece.sha256
+        for manifest, entry, (name, sha256, size) in rows:
             if self.storage.near or size > _SMALL:
                 try:
-                    yield manifest, entry, self.storage.digest(blob_key(sha256), size) == sha256
+                    yield manifest, entry, self.storage.digest(blob_key(name), size) == sha256
                 except FileNotFoundError:
                     yield manifest, entry, None
                 except DriveCorrupt:
@@ -1142,24 +1167,30 @@ class DriveStore:
     def _bytes_wrong(self, manifest: Manifest, entry: Entry) -> DriveCorrupt:
         # Out of the way, so that publishing the file again brings good bytes; the bad ones stay for a look.
         self._hints.clear()
-        for sha256, size in entry.pieces:
+        aside = entry.pieces[0].name
+        for name, sha256, size in entry.pieces:
             with suppress(FileNotFoundError):
                 try:
-                    good = self.storage.digest(blob_key(sha256), size) == sha256
+                    good = self.storage.digest(blob_key(name), size) == sha256
                 except DriveCorrupt:
                     good = False
                 if not good:
-                    self.storage.set_aside(blob_key(sha256), f"corrupt/{sha256}")
-                    self._tell_broken(sha256)
+                    aside = name
+                    self.storage.set_aside(blob_key(name), f"corrupt/{name}")
+                    self._tell_broken(name)
         return DriveCorrupt(
             f"the bytes of {manifest.drive_path(entry)!r} ({manifest.component}, version {manifest.version}) "
             "do not match their checksum",
-            hint=f"publish it again; the damaged bytes are in {self.url}/corrupt/{entry.sha256}",
+            hint=f"publish it again; the damaged bytes are in {self.url}/corrupt/{aside}",
         )
 
-    def _tell_broken(self, sha256: str) -> None:
+    def _tell_broken(self, name: str) -> None:
         if not self.storage.near:
-            self.storage.create(f"manifests/{_BROKEN}/{sha256}", b"")
+            self.storage.create(f"manifests/{_BROKEN}/{name}", b"")
+
+    def _tell_whole(self, names: set[str]) -> None:
+        """They have been sent again."""
+        self.storage.remove_many([f"manifests/{_BROKEN}/{name}" for name in sorted(names)])
 
     def _bytes_gone(self, manifest: Manifest, entry: Entry) -> DriveNotFound | DriveCorrupt:
         name, chain = manifest.within or manifest.path, chain_key(manifest.within or manifest.path)
@@ -1172,9 +1203,9 @@ class DriveStore:
             return DriveNotFound(
                 f"version {manifest.version} of {name!r} has been replaced meanwhile", hint="ask again"
             )
-        for sha256, size in entry.pieces:
-            if self.storage.size(blob_key(sha256)) != size:
-                self._tell_broken(sha256)
+        for piece in entry.pieces:
+            if self.storage.size(blob_key(piece.name)) != piece.size:
+                self._tell_broken(piece.name)
         return DriveCorrupt(
             f"the bytes of {manifest.drive_path(entry)!r} ({manifest.component}, version {manifest.version}) "
             "are missing",
@@ -1261,9 +1292,9 @@ class DriveStore:
                 return 0
             dead = sorted(candidates - live)
             if not alone:
-                self.storage.remove_many([blob_key(sha256) for sha256 in dead])
-            for sha256 in dead if alone else ():
-                self.storage.remove(blob_key(sha256))
+                self.storage.remove_many([blob_key(name) for name in dead])
+            for name in dead if alone else ():
+                self.storage.remove(blob_key(name))
                 crash_point("drive.prune.blob")
             self._garbage -= candidates
         return len(dead)
@@ -1296,6 +1327,14 @@ class DriveStore:
             raise DriveUnavailable(
                 f"the Drive at {self.url} cannot be {verb}{where}: {exc.strerror or exc}", hint=hint
             ) from exc
+
+
+def _sample(fd: int, size: int) -> str:
+    """Checksum of a few places of a file."""
+    digest = hashlib.sha256()
+    for n in range(_SPOTS):
+        digest.update(os.pread(fd, _SPOT, max(0, size - _SPOT) * n // (_SPOTS - 1)))
+    return digest.hexdigest()[:16]
 
 
 def _hash_range(fd: int, start: int, length: int, digest: Any) -> None:
@@ -1377,18 +1416,51 @@ class _Hint:
     Far away no blob is looked at that a manifest `named` when the publish began; such blobs are `assumed` to be there.
     """
 
-    __slots__ = ("_sparse", "assumed", "base", "leave", "looked", "named", "packed", "trusted")
+    __slots__ = (
+        "_sparse",
+        "assumed",
+        "base",
+        "leave",
+        "looked",
+        "named",
+        "own",
+        "packed",
+        "samples",
+        "sizes",
+        "trusted",
+    )
 
-    def __init__(self, base: dict[str, Entry], trusted: dict[str, Entry], named: set[str]) -> None:
+    def __init__(self, base: dict[str, Entry], trusted: dict[str, Entry]) -> None:
         self.base = base
         self.trusted = trusted
-        self.named = named
+        self.named: set[str] = set()
+        self.sizes: set[int] = set()
+        """Of files of which no sample is known."""
+        self.samples: set[tuple[int, str]] = set()
+        """Size and sample of the others, and of those that are sent by this publish."""
+        self.own: dict[str, str] = {}
+        """Checksum -> name of the blob, where that is another one."""
         self.assumed: set[str] = set()
         self.looked: dict[str, bool] = {}
         self.leave: frozenset[str] = frozenset()
         self.packed = {entry.sha256: entry.pack for entry in base.values() if entry.pack is not None}
         """Where in which pack a content lies."""
         self._sparse: set[str] = set()
+
+    def know(self, entry: Entry, broken: Collection[str]) -> None:
+        if entry.sample:
+            self.samples.add((entry.size, entry.sample))
+        elif not entry.parts:
+            self.sizes.add(entry.size)
+        for name, sha256, _ in entry.pieces:
+            if name not in broken:
+                self.named.add(name)
+            if name != sha256 and (name not in broken or sha256 not in self.own):
+                self.own[sha256] = name
+
+    def likely(self, size: int, sample: str) -> bool:
+        """Whether a file may have been sent already."""
+        return size in self.sizes or (size, sample) in self.samples
 
     def weigh(self, names: Collection[str]) -> None:
         """Do not count on packs of which these files need little."""
@@ -1502,6 +1574,17 @@ def _unchanged(old: Manifest, new: Manifest) -> bool:
     return told(old) == told(new) and all(
         a.name == b.name and a.same_bytes(b) for a, b in zip(old.entries, new.entries, strict=True)
     )
+
+
+def _placed_as(entries: Entries, manifest: Manifest) -> Entries:
+    """These entries, with the blobs that the manifest names for the same bytes."""
+    there = {entry.name: entry for entry in manifest.entries}
+
+    def placed(mine: Entry) -> Entry:
+        other = there[mine.name]
+        return msgspec.structs.replace(mine, blob=other.blob, parts=other.parts, pack=other.pack)
+
+    return [placed(entry) for entry in entries]
 
 
 def _merged(old: list[Entry], new: list[Entry]) -> Entries:

@@ -418,7 +418,7 @@ def test_only_what_changed_travels(make: MakeDrive) -> None:
             made = batch(tick)
             small, large = made.add_bytes, made.add_file
             made.add_bytes = lambda sha, data: (sent.append(sha), small(sha, data))  # type: ignore[method-assign]
-            made.add_file = lambda fd, sha="": (sent.append("large"), large(fd, sha))[1]  # type: ignore[method-assign]
+            made.add_file = lambda *given: (sent.append("large"), large(*given))[1]  # type: ignore[method-assign]
             return made
 
         patch.setattr(inside.storage, "batch", watched)
@@ -630,7 +630,7 @@ def test_a_file_that_grows_is_published_by_what_was_added(store: DriveStore, bas
             made = batch(tick)
             small, large = made.add_bytes, made.add_file
             made.add_bytes = lambda sha, data: (sent.append(len(data)), small(sha, data))  # type: ignore[method-assign]
-            made.add_file = lambda fd, sha="": (sent.append(os.fstat(fd).st_size), large(fd, sha))[1]  # type: ignore[method-assign]
+            made.add_file = lambda fd, *rest: (sent.append(os.fstat(fd).st_size), large(fd, *rest))[1]  # type: ignore[method-assign]
             return made
 
         patch.setattr(store.storage, "batch", watched)
@@ -758,7 +758,7 @@ def changing(
     left = [times]
     send = store._send_bytes
 
-    def racing(fd: int, *rest: Any) -> str:
+    def racing(fd: int, *rest: Any) -> tuple[str, str]:
         result = send(fd, *rest)
         if left[0] and os.path.exists(file) and os.path.samestat(os.fstat(fd), os.stat(file)):
             left[0] -= 1
@@ -1383,6 +1383,13 @@ def test_a_drive_with_a_url_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere/manifests/t/f/00000001.json").exists()
 
 
+@pytest.fixture
+def own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orch_drive.store._SMALL", 0)
+    monkeypatch.setattr("orch_drive.s3._PART", 0)
+    monkeypatch.setattr("orch_drive.s3._step", lambda size: size)
+
+
 # ---- a model ---------------------------------------------------------------------------------------------------------
 
 PATHS = st.sampled_from(["d/a", "d/b", "d/e/c", "d/e/f"])
@@ -1487,6 +1494,10 @@ class S3DriveModel(DriveModel):
     kind = "s3"
 
 
+class OwnNamesDriveModel(S3DriveModel):
+    """Every file as large ones are: under a name of its own."""
+
+
 _small = settings(
     max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
@@ -1497,3 +1508,6 @@ TestMemoryDriveModel.settings = _small
 TestS3DriveModel = S3DriveModel.TestCase
 TestS3DriveModel.settings = settings(_small, max_examples=8)
 TestS3DriveModel = pytest.mark.usefixtures("s3_url")(TestS3DriveModel)
+TestOwnNamesDriveModel = OwnNamesDriveModel.TestCase
+TestOwnNamesDriveModel.settings = settings(_small, max_examples=8)
+TestOwnNamesDriveModel = pytest.mark.usefixtures("s3_url", "own_names")(TestOwnNamesDriveModel)

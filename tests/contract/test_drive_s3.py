@@ -19,10 +19,10 @@ import pytest
 from s3server import ACCESS, BUCKET, READER, SECRET, S3Server
 from testkit import wait_until
 
-from orch_drive import Drive, DriveNotFound, DrivePathError, DriveStore, DriveUnavailable
+from orch_drive import Drive, DriveCorrupt, DriveNotFound, DrivePathError, DriveStore, DriveUnavailable
 from orch_drive import s3 as s3_module
 from orch_drive.s3 import S3Storage
-from orch_drive.storage import blob_key
+from orch_drive.storage import blob_key, hash_whole
 
 MIB = 1 << 20
 
@@ -57,15 +57,20 @@ def test_a_large_file_goes_in_parts_and_comes_in_ranges(
     sha256 = large(tmp_path / "big", 50 * MIB)
     told: list[tuple[int, int]] = []
     manifest = store.publish("trainer", "big", tmp_path / "big", progress=lambda *at: told.append(at))
-    assert manifest.entries[0].sha256 == sha256
+    entry = manifest.entries[0]
+    assert entry.sha256 == sha256 and manifest.blobs == {entry.blob} and manifest.format == 2
     assert told[0] == (0, 50 * MIB) and told[-1] == (50 * MIB, 50 * MIB) and told == sorted(told)
-    key = storage(store)._at(blob_key(sha256))
+    key = storage(store)._at(blob_key(entry.blob))
     head = s3_server.client().head_object(Bucket=BUCKET, Key=key)
     assert head["ContentLength"] == 50 * MIB and head["ETag"].strip('"').endswith("-4"), "four parts of 16 MiB"
     assert store.fetch(manifest, tmp_path / "got") == ["big"]
     with open(tmp_path / "got", "rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == sha256
     assert store.verify("big") == 1
+    url = store.link(manifest)
+    assert url is not None
+    with urllib.request.urlopen(url) as answer, open(tmp_path / "big", "rb") as file:
+        assert answer.read(100) == file.read(100)
     with monkeypatch.context() as patch:
         patch.setattr(s3_module, "_SPOOL", MIB)
         with store.open(manifest) as file:  # compared once, then read in ranges
@@ -90,24 +95,258 @@ def test_an_interrupted_upload_is_gone_on_with(
     store: DriveStore, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sha256 = large(tmp_path / "big", 128 * MIB)
-    command = [sys.executable, "-P", "-c", PUT, s3_url, str(tmp_path / "big")]
-    env = {**os.environ, "ORCH_CRASH_AT": "drive.part.sent:2"}
-    assert subprocess.run(command, env=env, start_new_session=True, timeout=100).returncode == -signal.SIGKILL
+    killed_put(s3_url, tmp_path / "big", "drive.part.sent:2")
     assert store.list() == []
-    link = storage(store)._link
-    sent: list[int] = []
-    upload = link.client.upload_part
+    sent = counted_parts(store, monkeypatch)
+    manifest = store.publish("trainer", "big", tmp_path / "big")
+    assert manifest.entries[0].sha256 == sha256 and store.verify("big") == 1
+    assert 0 < len(sent) < 8, "parts that were there are not sent again"
+    left = storage(store)._link.client.list_multipart_uploads(Bucket=BUCKET, Prefix=storage(store)._prefix)
+    assert not left.get("Uploads")
+
+
+def killed_put(s3_url: str, source: Path, point: str) -> None:
+    command = [sys.executable, "-P", "-c", PUT, s3_url, str(source)]
+    env = {**os.environ, "ORCH_CRASH_AT": point}
+    assert subprocess.run(command, env=env, start_new_session=True, timeout=100).returncode == -signal.SIGKILL
+
+
+def counted_parts(store: DriveStore, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the parts that are sent from now on."""
+    client, sent = storage(store)._link.client, list[int]()
+    upload = client.upload_part
 
     def counted(**asked: Any) -> Any:
         sent.append(asked["PartNumber"])
         return upload(**asked)
 
-    monkeypatch.setattr(link.client, "upload_part", counted)
+    monkeypatch.setattr(client, "upload_part", counted)
+    return sent
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_source_that_changed_after_an_interrupted_upload_is_sent_as_it_is(
+    store: DriveStore, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forged: bool
+) -> None:
+    """Also if its size and time are the same: what was sent already is compared."""
+    file = tmp_path / "big"
+    large(file, 48 * MIB)
+    before = file.stat()
+    killed_put(s3_url, file, "drive.blob.written:1")
+    with open(file, "r+b") as out:
+        out.seek(20 * MIB)
+        out.write(b"changed in the second part")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns if forged else before.st_mtime_ns + 1))
+    sent = counted_parts(store, monkeypatch)
+    manifest = store.publish("trainer", "big", file)
+    assert sorted(sent) == ([2] if forged else [1, 2, 3])
+    with open(file, "rb") as source:
+        assert manifest.entries[0].sha256 == hashlib.file_digest(source, "sha256").hexdigest()
+    assert store.verify("big") == 1
+
+
+def test_an_upload_that_was_finished_but_not_named_is_used(
+    store: DriveStore, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sha256 = large(tmp_path / "big", 40 * MIB)
+    killed_put(s3_url, tmp_path / "big", "drive.blob.renamed:1")
+    (left,) = store.storage.listing("blobs")
+    sent = counted_parts(store, monkeypatch)
     manifest = store.publish("trainer", "big", tmp_path / "big")
+    assert sent == [] and blob_key(manifest.entries[0].blob) == left
     assert manifest.entries[0].sha256 == sha256 and store.verify("big") == 1
-    assert 0 < len(sent) < 8, "parts that were there are not sent again"
-    left = link.client.list_multipart_uploads(Bucket=BUCKET, Prefix=storage(store)._prefix)
-    assert not left.get("Uploads")
+
+
+def test_an_upload_that_was_begun_long_ago_is_not_gone_on_with(
+    store: DriveStore, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blob could be as old as the upload's beginning, and collected before a manifest names it."""
+    large(tmp_path / "big", 40 * MIB)
+    killed_put(s3_url, tmp_path / "big", "drive.blob.written:1")
+    monkeypatch.setattr(s3_module, "_YOUNG", -60.0)
+    sent = counted_parts(store, monkeypatch)
+    store.publish("trainer", "big", tmp_path / "big")
+    assert sorted(sent) == [1, 2, 3] and store.verify("big") == 1
+
+
+def test_what_a_killed_put_leaves_is_collected_by_age_and_never_what_is_named(
+    store: DriveStore, s3_url: str, tmp_path: Path
+) -> None:
+    large(tmp_path / "one", 20 * MIB)
+    named = store.publish("trainer", "one", tmp_path / "one")
+    store.publish("trainer", "grows", tmp_path / "one", partial=True)
+    large(tmp_path / "two", 20 * MIB, b"two")
+    killed_put(s3_url, tmp_path / "two", "drive.blob.renamed:1")
+    assert len(store.storage.listing("blobs")) == 2
+    assert store.gc() == 0, "it may be about to be named"
+    assert store.gc(min_age=0) == 1
+    assert list(store.storage.listing("blobs")) == [blob_key(named.entries[0].blob)]
+    assert store.verify("one") == 1 and store.read_bytes("grows", partial=True)[:MIB]
+
+
+def test_what_was_written_by_its_checksum_before_is_read_and_kept(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier versions of orch did with every file."""
+    file, put = tmp_path / "big", S3Storage.put_large
+    sha256 = large(file, 40 * MIB)
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Storage, "put_large", lambda self, fd, tick, *_: put(self, fd, tick, sha256, sha256))
+        old = store.publish("trainer", "big", file)
+    assert not old.entries[0].blob and old.format == 1
+    assert b"format" not in store.storage.read("manifests/trainer/big/00000001.json")
+    fresh = DriveStore(*store.url.rsplit("/", 1))
+    os.utime(file)
+    sent = counted_parts(fresh, monkeypatch)
+    assert fresh.publish("trainer", "big", file) == old and sent == []
+    (tmp_path / "d").mkdir()
+    file.rename(tmp_path / "d/renamed")
+    large(tmp_path / "d/new", 20 * MIB, b"new")
+    mixed = fresh.publish("trainer", "d", tmp_path / "d")
+    assert len(sent) == 2, "the renamed file is not sent again"
+    assert mixed.format == 2 and sha256 in mixed.blobs and len(mixed.blobs) == 2
+    assert fresh.verify(".") == 3
+
+
+def test_a_large_file_twice_in_a_folder_is_sent_once(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "s"
+    source.mkdir()
+    for name in ("best", "last"):
+        large(source / name, 20 * MIB)
+    large(source / "other", 20 * MIB, b"other")
+    sent = counted_parts(store, monkeypatch)
+    manifest = store.publish("trainer", "s", source)
+    assert len(sent) == 4 and len(manifest.blobs) == 2 and store.verify("s") == 3
+
+
+def test_a_checkpoint_of_the_same_size_is_read_once(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It need not be compared with the one before: a look at a few places says that it is another one."""
+    read: list[int] = []
+    monkeypatch.setattr("orch_drive.store.hash_whole", lambda fd: (read.append(fd), hash_whole(fd))[1])
+    for seed in (b"one", b"two"):
+        large(tmp_path / "last.ckpt", 20 * MIB, seed)
+        manifest = store.publish("trainer", "last.ckpt", tmp_path / "last.ckpt")
+        assert manifest.entries[0].blob and read == []
+    with open(tmp_path / "last.ckpt", "r+b") as file:
+        file.seek(MIB)
+        file.write(b"where nobody looks")
+    third = store.publish("trainer", "last.ckpt", tmp_path / "last.ckpt")
+    assert len(read) == 1 and third.version == 3 and third.entries[0].sha256 != manifest.entries[0].sha256
+    assert all(store.verify("last.ckpt", version=n) == 1 for n in (1, 2, 3))
+
+
+def test_a_large_file_that_grows_goes_on_from_the_blob_it_has(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "s/events"
+    file.parent.mkdir()
+    large(file, 20 * MIB)
+    first = store.publish("trainer", "s", file.parent, partial=True).entries[0]
+    sent = counted_parts(store, monkeypatch)
+    for n in range(2):
+        with open(file, "ab") as out:
+            out.write(os.urandom(100_000 + n))
+        grown = store.publish("trainer", "s", file.parent, partial=True)
+        assert sent == [] and grown.entries[0].pieces[0] == first.pieces[0] and grown.format == 2
+        store.gc(min_age=0)
+        store.fetch(grown, tmp_path / "got")
+        assert (tmp_path / "got/events").read_bytes() == file.read_bytes()
+    assert DriveStore(*store.url.rsplit("/", 1)).read_bytes("s/events", partial=True) == file.read_bytes()
+    done = store.publish("trainer", "s", file.parent)
+    assert len(done.entries[0].pieces) == 1 and store.verify("s") == 1
+
+
+def test_a_damaged_large_blob_is_named_and_healed_by_the_next_publish(store: DriveStore, tmp_path: Path) -> None:
+    source = tmp_path / "s"
+    source.mkdir()
+    large(source / "big", 20 * MIB)
+    old = store.publish("trainer", "s", source)
+    (source / "a").write_text("another version")
+    manifest = store.publish("trainer", "s", source)
+    blob = manifest.entries[1].blob
+    for call in (
+        lambda: store.fetch(manifest, tmp_path / "got"),
+        lambda: store.open(manifest, "big"),
+        lambda: store.verify("s"),
+    ):
+        data = store.storage.read(blob_key(blob))
+        store.storage.remove(blob_key(blob))
+        store.storage.create(blob_key(blob), data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(DriveCorrupt, match="s/big") as error:
+            call()
+        assert f"corrupt/{blob}" in error.value.hint and store.storage.size(f"corrupt/{blob}") == 20 * MIB
+        assert not (tmp_path / "got/big").exists()
+        with pytest.raises(DriveCorrupt, match=r"s/big.*missing"):
+            store.verify("s")
+        fresh = DriveStore(*store.url.rsplit("/", 1))
+        assert fresh.publish("trainer", "s", source) == manifest, "its bytes are what they were"
+        assert fresh.verify("s") == 2 and fresh.verify("s", version=old.version) == 1
+        assert not fresh.storage.listing("manifests/.broken"), "it is sent again once"
+    store.fetch(manifest, tmp_path / "got")
+    assert (tmp_path / "got/big").read_bytes() == (source / "big").read_bytes()
+
+
+def test_a_file_that_changes_while_its_parts_are_sent_leaves_nothing(
+    store: DriveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "big"
+    large(file, 40 * MIB)
+    client, turns = storage(store)._link.client, iter(range(100))
+    upload = client.upload_part
+
+    def changing(**asked: Any) -> Any:
+        if next(turns) == 0:
+            with open(file, "ab") as out:
+                out.write(b"more")
+        return upload(**asked)
+
+    monkeypatch.setattr(client, "upload_part", changing)
+    manifest = store.publish("trainer", "big", file)
+    assert manifest.entries[0].size == 40 * MIB + 4 and store.verify("big") == 1
+    assert len(store.storage.listing("blobs")) == 1
+    assert not client.list_multipart_uploads(Bucket=BUCKET, Prefix=storage(store)._prefix).get("Uploads")
+
+
+@pytest.mark.parametrize("step", ["upload_part", "complete_multipart_upload"])
+@pytest.mark.parametrize("forged", [False, True])
+def test_two_writers_of_one_large_file_at_once(
+    store: DriveStore, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, forged: bool
+) -> None:
+    """The second one goes on with the upload of the first, and finishes it before that one does; `forged`: with other
+    bytes that have come under the same time."""
+    file = tmp_path / "big"
+    large(file, 40 * MIB)
+    other, client = DriveStore(s3_url, "app"), storage(store)._link.client
+    call, lock, begun = getattr(client, step), threading.Lock(), list[bool]()
+
+    def overtaken(**asked: Any) -> Any:
+        with lock:
+            if not begun:
+                begun.append(True)
+                monkeypatch.setattr(client, step, call)
+                if forged:
+                    before = file.stat()
+                    with open(file, "r+b") as out:
+                        out.seek(20 * MIB)
+                        out.write(b"something else")
+                    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+                other.publish("tester", "big", file)
+        return call(**asked)
+
+    monkeypatch.setattr(client, step, overtaken)
+    mine = store.publish("trainer", "big", file)
+    theirs = store.resolve("big", component="tester")
+    assert theirs is not None and theirs.blobs == mine.blobs
+    assert store.verify("big") == 2 and len(store.storage.listing("blobs")) == 1
+    with open(file, "rb") as source:
+        assert mine.entries[0].sha256 == hashlib.file_digest(source, "sha256").hexdigest()
+    store.delete("tester", "big")
+    store.gc(min_age=0)
+    assert store.verify("big") == 1
 
 
 @pytest.mark.parametrize(
@@ -144,7 +383,7 @@ def test_an_interrupted_download_is_gone_on_with(
     pieces = S3Storage._pieces
     asked: list[int] = []
 
-    def cut(self: S3Storage, key: str, start: int, *rest: Any) -> Iterator[memoryview]:
+    def cut(self: S3Storage, key: str, start: int, *rest: Any) -> Iterator[s3_module.Piece]:
         asked.append(start)
         for n, piece in enumerate(pieces(self, key, start, *rest)):
             if n == 4 and len(asked) == 1:  # 32 MiB are there
@@ -385,7 +624,7 @@ def test_a_server_that_is_killed_in_a_put_and_comes_back(
     half = threading.Event()
     put = S3Storage.put_large
 
-    def then(self: S3Storage, *rest: Any) -> bool:
+    def then(self: S3Storage, *rest: Any) -> tuple[str, str]:
         half.set()
         return put(self, *rest)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import count
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from orch_drive.manifest import (
     decode,
     diff,
     encode,
+    format_of,
     from_json,
     glob_regex,
     narrow,
@@ -128,6 +130,27 @@ def test_a_manifest_with_an_escaping_name_is_refused(name: str) -> None:
     with pytest.raises(DriveCorrupt):
         decode(encode(manifest))
     with pytest.raises(DriveCorrupt):
+        from_json(to_json(manifest))
+
+
+def test_only_a_manifest_that_needs_it_has_the_newer_format() -> None:
+    own, parts = "u" + "0" * 24 + "-1", [("first", 3), ("second", 4)]
+    plain = Entry(name="a", size=7, sha256="whole")
+    named = Entry(name="a", size=7, sha256="whole", blob=own)
+    grown = Entry(name="a", size=7, sha256="whole", blob=own, parts=parts)
+    assert (format_of([plain]), format_of([plain, named])) == (1, 2)
+    assert b"format" not in encode(version("logs", "a")) and b'"format":2' in encode(version("logs", "a", format=2))
+    assert plain.pieces == [("whole", "whole", 7)] and named.pieces == [(own, "whole", 7)]
+    assert grown.pieces == [(own, "first", 3), ("second", "second", 4)]
+
+
+@pytest.mark.parametrize("blob", ["../x", "u/../../x", "0" * 64, "u", "u" * 20])
+def test_a_blob_cannot_be_named_out_of_its_folder(blob: str) -> None:
+    entry = Entry(name="a", size=1, sha256="0", blob=blob)
+    manifest = msgspec.structs.replace(version("logs", format=2), entries=[entry])
+    with pytest.raises(DriveCorrupt, match="blob"):
+        decode(encode(manifest))
+    with pytest.raises(DriveCorrupt, match="blob"):
         from_json(to_json(manifest))
 
 
