@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -81,8 +82,11 @@ class PlacesApp(RunningApp):
         return [sys.executable, "-P", str(SUPPORT / "places_serve.py"), "run", self.app]
 
     def places(self) -> dict[str, dict[str, object]]:
-        found = (self.folder / ".orch" / "run" / "places").glob("*.json")
-        return {path.stem: json.loads(path.read_bytes()) for path in found}
+        found = {}
+        for path in (self.folder / ".orch" / "run" / "places").glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # given back at this moment
+                found[path.stem] = json.loads(path.read_bytes())
+        return found
 
     def go(self, name: str) -> None:
         (self.folder.parent / "go" / name).touch()
