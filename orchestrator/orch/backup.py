@@ -144,7 +144,7 @@ class Backup:
         said = False
         while not self._created(number, data, warn if not said else _silent):
             said = True
-            time.sleep(ASK_AGAIN)
+            time.sleep(ASK_AGAIN)  # nothing tells that a storage answers again
         if said:
             warn(f"the copy of the journal at {self.url} is written again")
         crash_point("flow.backup.sent")

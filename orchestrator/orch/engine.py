@@ -255,7 +255,7 @@ class Engine:
         if known.epoch != epoch:
             known.epoch, known.acked = epoch, 0
             known.up, known.launching = False, agent != LOCAL
-        self._fact("agent", agent, {"epoch": known.epoch, "acked": known.acked})
+        self._note_agent(known)
         number = self._attaches[agent] = self._attaches.get(agent, 0) + 1
         self._fact("attach", agent, number)
         return number
@@ -264,6 +264,9 @@ class Engine:
         """Nothing is left of it; unless its Work has come back, there is nothing to know any more."""
         if self.released.pop(agent, None) is not None:
             self._fact("agent", agent, None)
+
+    def _note_agent(self, agent: KnownAgent) -> None:
+        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
 
     def note_fact(self, kind: str, key: str, value: Any) -> None:
         """Something of the service's own, journalled with the next batch."""
@@ -541,7 +544,7 @@ class Engine:
                 # The rest of the push belongs behind the pass that a call's end has started.
                 rest = Push(agent=push.agent, epoch=push.epoch, seq=seq, items=push.items[i:])
                 self._deferred.appendleft(Rest(ticket=event.ticket, push=rest, results=results))
-                self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+                self._note_agent(agent)
                 return
             results.append(self._item(item, seq, now, push.agent))
             if agent.epoch != push.epoch:  # released by what it has just said
@@ -550,7 +553,7 @@ class Engine:
             agent.acked = seq
             agent.said.append((agent.epoch, results[-1]))
         if push.items:
-            self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+            self._note_agent(agent)
         earlier = event.results if isinstance(event, Rest) else []
         notable = [result for result in [*earlier, *results] if result.rev or result.error]
         self._answer(event, PushReply(acked=agent.acked, results=notable))
@@ -936,7 +939,7 @@ class Engine:
         agent = self.agents[work.agent]
         agent.epoch, agent.acked = agent.epoch + 1, 0
         agent.up = agent.launching = agent.expected = agent.silent = False
-        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
+        self._note_agent(agent)
         self._unplace(work)
         self.contacts.forget(agent.name)
         self._emit(ReleaseAgent(agent=agent.name, epoch=agent.epoch, grace=grace))
@@ -1301,7 +1304,7 @@ class Engine:
         agent.since, agent.dead = unrecorded if event.since is None else event.since, event.dead
         self.contacts.know(agent.name, event.host)
         self._heard(agent)
-        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": agent.acked})
+        self._note_agent(agent)
         known = {report.work: report for report in event.status.works}
         wanted: list[Place] = []
         for work in self._all():
@@ -1440,7 +1443,7 @@ class Engine:
             return
         agent.epoch, agent.acked = event.epoch, 0
         agent.up = agent.launching = agent.expected = agent.silent = False
-        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
+        self._note_agent(agent)
         self.contacts.forget(agent.name)
         for work in [work for work in self._all() if work.agent == agent.name]:
             waits = work.placing
@@ -1589,7 +1592,7 @@ class Engine:
         """From the moment in which this is journalled, the old incarnation is refused."""
         agent.epoch, agent.acked = agent.epoch + 1, 0
         agent.up, agent.launching, agent.expected = False, True, False
-        self._fact("agent", agent.name, {"epoch": agent.epoch, "acked": 0})
+        self._note_agent(agent)
         for work in self._all():
             if work.agent == agent.name and work.placed:
                 if self._apart(work):
